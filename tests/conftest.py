@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures for tests with real QEMU processes, and the check that none of them is left at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.processes import LabTimeout, wait_for
+from lab.qemu import BareQemu, short_directory
+
+MARK = "PULLBACK_TEST_SESSION"
+
+
+def _survivors(mark: str) -> dict[int, str]:
+    """Every live process that inherited our mark, whoever its parent is by now: pid to command line."""
+    found = {}
+    for place in Path("/proc").iterdir():
+        if not place.name.isdigit() or int(place.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to look at
+            if f"{MARK}={mark}".encode() not in (place / "environ").read_bytes():
+                continue
+            command = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if command and "multiprocessing.resource_tracker" not in command:
+                found[int(place.name)] = command[:300]
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_survives() -> Iterator[None]:
+    """Fail the last test of a run (of each worker) that left a process behind, and end that process."""
+    mark = os.environ[MARK] = uuid.uuid4().hex
+    yield
+    try:
+        wait_for(lambda: not _survivors(mark), "the end of all processes started by tests", timeout=5)
+    except LabTimeout:
+        left = _survivors(mark)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        pytest.fail("left behind by tests: " + "; ".join(f"{pid}: {line}" for pid, line in left.items()))
+
+
+@pytest.fixture
+def lab_dir() -> Iterator[Path]:
+    """A directory with a path short enough for unix sockets; removed at the end."""
+    place = short_directory()
+    yield place
+    shutil.rmtree(place)
+
+
+@pytest.fixture
+def bare_qemu() -> Iterator[Callable[..., BareQemu]]:
+    """A factory of started BareQemu (same arguments as the class); all are ended after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: Any, **keywords: Any) -> BareQemu:
+            return stack.enter_context(BareQemu(*arguments, **keywords))
+
+        yield start
