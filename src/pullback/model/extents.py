@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extents of a disk: what NBD's block status says of it, as values.
+
+An *extent* is ``(offset, length, kind)``, a *span* is ``(offset, length)``; all in bytes.  Lists of either are sorted,
+do not overlap, and hold no two neighbours that could be one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from enum import IntEnum
+from typing import NamedTuple
+
+from pullback.model.units import align_down, align_up
+
+
+class Kind(IntEnum):
+    """What a range of a disk holds: bytes worth reading, or zeroes."""
+
+    ZERO = 0
+    DATA = 1
+
+
+class Span(NamedTuple):
+    """``length`` bytes from ``offset``."""
+
+    offset: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+
+class Extent(NamedTuple):
+    """``length`` bytes from ``offset``, all of one kind."""
+
+    offset: int
+    length: int
+    kind: Kind
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+
+#: Flag bits of NBD's ``base:allocation`` and of QEMU's ``qemu:dirty-bitmap`` contexts.
+FLAG_ZERO = 2
+FLAG_DIRTY = 1
+
+
+def merged(spans: Iterable[tuple[int, int]]) -> list[Span]:
+    """Sorted spans, with those that touch or overlap made one."""
+    result: list[Span] = []
+    for offset, length in spans:
+        if result and offset <= result[-1].end:
+            last = result[-1]
+            result[-1] = Span(last.offset, max(last.end, offset + length) - last.offset)
+        elif length:
+            result.append(Span(offset, length))
+    return result
+
+
+def dirty_spans(status: Iterable[tuple[int, int, int]]) -> list[Span]:
+    """The dirty ranges of a ``qemu:dirty-bitmap`` context's ``(offset, length, flags)``."""
+    return merged((offset, length) for offset, length, flags in status if flags & FLAG_DIRTY)
+
+
+def allocation(status: Iterable[tuple[int, int, int]]) -> list[Extent]:
+    """The extents of a ``base:allocation`` context's ``(offset, length, flags)``.
+
+    What is not known to be zero is data: a hole without the zero flag may read as anything.
+    """
+    result: list[Extent] = []
+    for offset, length, flags in status:
+        kind = Kind.ZERO if flags & FLAG_ZERO else Kind.DATA
+        if result and result[-1].kind is kind and result[-1].end == offset:
+            last = result[-1]
+            result[-1] = Extent(last.offset, last.length + length, kind)
+        else:
+            result.append(Extent(offset, length, kind))
+    return result
+
+
+def widened(spans: Iterable[Span], alignment: int, size: int) -> list[Span]:
+    """``spans`` grown outwards to multiples of ``alignment``, cut at the disk's ``size``."""
+    return merged(
+        (start := align_down(span.offset, alignment), min(align_up(span.end, alignment), size) - start)
+        for span in spans
+    )
+
+
+def complement(spans: Iterable[Span], size: int) -> list[Span]:
+    """What of the disk's ``size`` bytes the sorted ``spans`` leave out."""
+    result: list[Span] = []
+    position = 0
+    for span in spans:
+        if span.offset > position:
+            result.append(Span(position, span.offset - position))
+        position = max(position, span.end)
+    if position < size:
+        result.append(Span(position, size - position))
+    return result
+
+
+class Cover:
+    """Answers, for ascending ranges, whether sorted spans meet them.  One pass over the spans altogether."""
+
+    def __init__(self, spans: Iterable[Span]) -> None:
+        self._spans: Iterator[Span] = iter(spans)
+        self._current: Span | None = next(self._spans, None)
+
+    def meets(self, offset: int, end: int) -> bool:
+        """Whether any span shares a byte with ``[offset, end)``; ``offset`` must not go down between calls."""
+        while self._current is not None and self._current.end <= offset:
+            self._current = next(self._spans, None)
+        return self._current is not None and self._current.offset < end

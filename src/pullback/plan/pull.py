@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to read of a frozen disk, what to take from the base, and what is zero.
+
+    dirty spans ──► widened to chunks ──► fetch spans ──► block status of these ──► runs per segment
+                                              │
+                                              └── everything else is clean: let go at once
+
+All spans are bytes of the disk, sorted; a fetch span begins and ends on a chunk's bounds (or at the disk's end).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+from pullback.model.extents import Extent, Kind, Span, complement, merged, widened
+from pullback.model.units import CHUNK, SEGMENT
+
+
+class Act(IntEnum):
+    """Where the chunks of a run come from."""
+
+    KEEP = 0
+    READ = 1
+    ZERO = 2
+
+
+class Run(NamedTuple):
+    """Neighbouring chunks of one segment that come from the same place; ``offset`` is the disk's."""
+
+    offset: int
+    length: int
+    act: Act
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentPull:
+    """One segment that is built anew: ``runs`` cover it exactly, in order."""
+
+    number: int
+    offset: int
+    size: int
+    runs: tuple[Run, ...]
+
+
+def segment_count(size: int) -> int:
+    """How many segments a disk of ``size`` bytes has."""
+    return -(-size // SEGMENT)
+
+
+def segment_size(number: int, size: int) -> int:
+    """The bytes of segment ``number`` of a disk of ``size`` bytes."""
+    return min(SEGMENT, size - number * SEGMENT)
+
+
+def chunk_lengths(size: int) -> Iterator[int]:
+    """The lengths of a segment's chunks, when it has ``size`` bytes."""
+    for offset in range(0, size, CHUNK):
+        yield min(CHUNK, size - offset)
+
+
+def on_grid(lengths: Sequence[int], size: int) -> bool:
+    """Whether chunks of these ``lengths`` are a segment of ``size`` bytes cut as pullback cuts it.
+
+    Another program may have stored the base (restic cuts by content); such a segment is read whole once.
+    """
+    return len(lengths) == -(-size // CHUNK) and all(a == b for a, b in zip(lengths, chunk_lengths(size), strict=True))
+
+
+def touched_segments(spans: Iterable[Span]) -> list[int]:
+    """The numbers of the segments that the sorted ``spans`` share a byte with."""
+    touched: list[int] = []
+    for span in spans:
+        first, last = span.offset // SEGMENT, (span.end - 1) // SEGMENT
+        touched.extend(range(max(first, touched[-1] + 1) if touched else first, last + 1))
+    return touched
+
+
+def fetch_spans(dirty: Sequence[Span], size: int, whole: Collection[int] = ()) -> list[Span]:
+    """What must be fetched for these ``dirty`` spans: whole chunks, and whole segments where ``whole`` says so."""
+    segments = [Span(number * SEGMENT, segment_size(number, size)) for number in whole]
+    return merged(sorted([*widened(dirty, CHUNK, size), *segments]))
+
+
+def read_spans(fetch: Sequence[Span], allocation: Iterable[Extent], size: int) -> list[Span]:
+    """The chunks among ``fetch`` that hold any data by the block status; the others are zero and need no reading."""
+    data = [Span(extent.offset, extent.length) for extent in allocation if extent.kind is Kind.DATA]
+    return _intersection(widened(data, CHUNK, size), fetch)
+
+
+def _intersection(left: Sequence[Span], right: Sequence[Span]) -> list[Span]:
+    result: list[Span] = []
+    i = j = 0
+    while i < len(left) and j < len(right):
+        start, end = max(left[i].offset, right[j].offset), min(left[i].end, right[j].end)
+        if start < end:
+            result.append(Span(start, end - start))
+        if left[i].end < right[j].end:
+            i += 1
+        else:
+            j += 1
+    return result
+
+
+def clean_spans(read: Sequence[Span], size: int) -> list[Span]:
+    """What nobody will read: the domain may overwrite it without its old content being saved."""
+    return complement(read, size)
+
+
+def _labelled(fetch: Sequence[Span], read: Sequence[Span]) -> Iterator[Run]:
+    """READ and ZERO runs over ``fetch``, in order."""
+    position = iter(read)
+    current = next(position, None)
+    for span in fetch:
+        offset = span.offset
+        while offset < span.end:
+            if current is None or current.offset >= span.end:
+                yield Run(offset, span.end - offset, Act.ZERO)
+                break
+            if current.offset > offset:
+                yield Run(offset, current.offset - offset, Act.ZERO)
+            yield Run(current.offset, current.length, Act.READ)
+            offset = current.end
+            current = next(position, None)
+
+
+def _cut_at_segments(runs: Iterable[Run]) -> Iterator[Run]:
+    for run in runs:
+        offset = run.offset
+        while offset < run.end:
+            end = min(run.end, (offset // SEGMENT + 1) * SEGMENT)
+            yield Run(offset, end - offset, run.act)
+            offset = end
+
+
+def plan_segments(fetch: Sequence[Span], read: Sequence[Span], size: int) -> Iterator[SegmentPull]:
+    """The segments to build anew, in order, each made of runs to read, to fill with zeroes and to keep.
+
+    ``read`` lies inside ``fetch``.  Segments that ``fetch`` does not touch are not yielded: they stay as they are.
+    """
+    number = -1
+    runs: list[Run] = []
+    for run in _cut_at_segments(_labelled(fetch, read)):
+        if run.offset // SEGMENT != number:
+            if runs:
+                yield _segment(number, runs, size)
+            number, runs = run.offset // SEGMENT, []
+        runs.append(run)
+    if runs:
+        yield _segment(number, runs, size)
+
+
+def _segment(number: int, runs: Sequence[Run], size: int) -> SegmentPull:
+    offset, length = number * SEGMENT, segment_size(number, size)
+    filled: list[Run] = []
+    position = offset
+    for run in runs:
+        if run.offset > position:
+            filled.append(Run(position, run.offset - position, Act.KEEP))
+        filled.append(run)
+        position = run.end
+    if position < offset + length:
+        filled.append(Run(position, offset + length - position, Act.KEEP))
+    return SegmentPull(number, offset, length, tuple(filled))

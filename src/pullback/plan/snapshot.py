@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Freezing several disks at one instant with copy-before-write filters, and exporting the frozen view.
+
+          device                      device
+            │                           │
+            │                    copy-before-write ──target──► scratch
+            │                           │        ▲
+          node                        node       └─file── snapshot-access ◄── NBD export
+
+The order protects the chain: new bitmaps record before the freeze, old ones stop after it.  A filter that cannot save
+old data breaks the snapshot, never the domain's write (``on-cbw-error: break-snapshot``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pullback.model.chain import Edge
+from pullback.model.facts import ID_PREFIX, NODE_PREFIX, Disk
+from pullback.plan.checkpoint import NodeChain, start_recording, stop_recording
+from pullback.plan.command import JobConcluded, Paused, Plan, Step
+
+#: How long, in seconds, a write of the domain may wait for old data to reach the scratch before the snapshot breaks.
+CBW_TIMEOUT = 30
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSnapshot:
+    """One disk of a snapshot: the names of its nodes and export, and where its scratch is made."""
+
+    disk: Disk
+    snapshot: str
+    number: int
+    scratch_path: str
+
+    def _node(self, role: str) -> str:
+        return f"{NODE_PREFIX}{self.snapshot}-{self.number}-{role}"
+
+    @property
+    def scratch(self) -> str:
+        return self._node("scratch")
+
+    @property
+    def filter(self) -> str:
+        return self._node("filter")
+
+    @property
+    def access(self) -> str:
+        return self._node("access")
+
+    @property
+    def export(self) -> str:
+        return f"{ID_PREFIX}{self.snapshot}-{self.number}"
+
+
+def _prepare(part: DiskSnapshot) -> list[Step]:
+    target = part.disk.target
+    job = f"{part.export}-create"
+    return [
+        Step(
+            "blockdev-create",
+            {
+                "job-id": job,
+                "options": {"driver": "file", "filename": part.scratch_path, "size": part.disk.virtual_size},
+            },
+            f"make the scratch of {target}; QEMU makes it, so it can open it",
+            wait=JobConcluded(job),
+        ),
+        Step(
+            "blockdev-add",
+            {"driver": "file", "node-name": part.scratch, "filename": part.scratch_path, "discard": "unmap"},
+            f"open the scratch of {target}; freed parts give their space back",
+        ),
+    ]
+
+
+def _add_filter(part: DiskSnapshot) -> Step:
+    return Step(
+        "blockdev-add",
+        {
+            "driver": "copy-before-write",
+            "node-name": part.filter,
+            "file": part.disk.node,
+            "target": part.scratch,
+            "on-cbw-error": "break-snapshot",
+            "cbw-timeout": CBW_TIMEOUT,
+        },
+        f"the filter that saves old data of {part.disk.target} before it is overwritten",
+    )
+
+
+def _insert(part: DiskSnapshot) -> Step:
+    return Step(
+        "qom-set",
+        {"path": part.disk.qdev, "property": "drive", "value": part.filter},
+        f"{part.disk.target} is frozen from here on",
+    )
+
+
+def _flush(part: DiskSnapshot) -> Step:
+    return Step(
+        "human-monitor-command",
+        {"command-line": f'qemu-io {part.disk.node} "flush"'},
+        f"flush {part.disk.target} beforehand, so that the pause has little left to flush",
+    )
+
+
+def prepare_snapshot(parts: Sequence[DiskSnapshot]) -> Plan:
+    """Make and open the scratch images; nothing of the domain is touched yet."""
+    return Plan(tuple(step for part in parts for step in _prepare(part)))
+
+
+def freeze(parts: Sequence[DiskSnapshot], tracked: Sequence[NodeChain], checkpoint: str | None, running: bool) -> Plan:
+    """Freeze the disks at one instant, with ``checkpoint`` made on the ``tracked`` ones.
+
+    Several disks of a running domain are one instant only if it does not write meanwhile, so it is paused for the
+    milliseconds that swapping the filters in takes; a single disk needs no pause.
+    """
+    record = Plan((start_recording(tracked, checkpoint),)) if checkpoint is not None and tracked else Plan()
+    settle = stop_recording(tracked) if checkpoint is not None else Plan()
+    filters = Plan(tuple(_add_filter(part) for part in parts))
+    inserts = tuple(_insert(part) for part in parts)
+    if len(parts) > 1 and running:
+        swap = Plan((Paused(inserts, "one instant over all disks", before=tuple(_flush(part) for part in parts)),))
+    else:
+        swap = Plan(inserts)
+    return record + filters + swap + settle
+
+
+def open_access(parts: Sequence[DiskSnapshot]) -> Plan:
+    """Put a node on each filter that reads as the disk did at the freeze."""
+    return Plan(
+        tuple(
+            Step(
+                "blockdev-add",
+                {"driver": "snapshot-access", "node-name": part.access, "file": part.filter, "discard": "unmap"},
+                f"the frozen view of {part.disk.target}; a discard lets a range go",
+            )
+            for part in parts
+        )
+    )
+
+
+def _changes(part: DiskSnapshot, checkpoint: str, edges: Sequence[Edge]) -> list[Step]:
+    sources: list[Any] = [{"node": part.disk.node, "name": edge.name} for edge in edges]
+    return [
+        Step(
+            "block-dirty-bitmap-add",
+            {"node": part.access, "name": checkpoint, "disabled": True, "persistent": False},
+            f"where {part.disk.target}'s changes since {checkpoint} are gathered; gone with the frozen view",
+        ),
+        Step(
+            "block-dirty-bitmap-merge",
+            {"node": part.access, "target": checkpoint, "bitmaps": sources},
+            f"all edges from {checkpoint} to the snapshot",
+        ),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPart:
+    """One disk of an export: ``since`` maps the checkpoints asked for to the edges that lead from them to the freeze."""
+
+    part: DiskSnapshot
+    since: tuple[tuple[str, tuple[Edge, ...]], ...] = ()
+
+
+def start_export(parts: Sequence[ExportPart], socket: str, writable: bool) -> Plan:
+    """Export frozen disks over NBD on a unix socket, with a context ``qemu:dirty-bitmap:CHECKPOINT`` each.
+
+    ``writable`` lets the client trim, which lets ranges go; a write is refused by the node all the same.
+    """
+    steps = [step for item in parts for name, edges in item.since for step in _changes(item.part, name, edges)]
+    steps.append(
+        Step(
+            "nbd-server-start",
+            {"addr": {"type": "unix", "data": {"path": socket}}},
+            "QEMU's one NBD server",
+        )
+    )
+    steps += [
+        Step(
+            "block-export-add",
+            {
+                "id": item.part.export,
+                "type": "nbd",
+                "node-name": item.part.access,
+                "name": item.part.disk.target,
+                "writable": writable,
+                "bitmaps": [name for name, _ in item.since],
+            },
+            f"offer the frozen {item.part.disk.target}",
+        )
+        for item in parts
+    ]
+    return Plan(tuple(steps))

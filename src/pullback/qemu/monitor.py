@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A QMP connection whose errors are pullback's own.
+
+A command that got no reply in time has an unknown outcome, and so has every later one: the connection is given up and
+whoever used it observes QEMU anew before doing anything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import stat
+import struct
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
+from qemu.qmp.protocol import StateError
+
+from pullback.errors import CommandFailed, DomainBusy, DomainUnreachable
+
+#: Seconds for QEMU's greeting.  A monitor serves one client at a time; the next one is left waiting without a word.
+GREETING_TIMEOUT = 5.0
+#: Seconds for a reply.  Commands that take long are jobs in QEMU; what is left answers in milliseconds, or drains I/O.
+REPLY_TIMEOUT = 60.0
+
+logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+logging.getLogger("qemu.qmp").propagate = False
+
+Trace = Callable[[str, Mapping[str, Any], Any], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who listens on a unix socket: process, user and group id as the kernel knows them."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_of(path: str) -> Peer:
+    """The process that listens on the unix socket ``path``.  DomainUnreachable when nobody does."""
+    check_socket(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+            credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        except OSError as error:
+            raise _no_connection(path, error) from error
+    return Peer(*struct.unpack("3i", credentials))
+
+
+def check_socket(path: str) -> None:
+    """DomainUnreachable, in words that help, when ``path`` is no unix socket that we may open."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise _no_connection(path, error) from error
+    if not stat.S_ISSOCK(mode):
+        raise DomainUnreachable(f"{path} is not a socket", todo="Give the path of the domain's QMP socket.")
+
+
+def _no_connection(path: str, error: OSError) -> DomainUnreachable:
+    if isinstance(error, FileNotFoundError):
+        return DomainUnreachable(
+            f"there is no QMP socket {path}",
+            todo="Is the domain running, with an option like -qmp unix:PATH,server=on,wait=off?",
+        )
+    if isinstance(error, PermissionError):
+        return DomainUnreachable(
+            f"no permission to open the QMP socket {path}", todo="Run pullback as QEMU's user or as root."
+        )
+    if isinstance(error, ConnectionRefusedError):
+        return DomainUnreachable(f"nobody listens on the socket {path}", todo="QEMU has ended; start the domain.")
+    return DomainUnreachable(f"cannot connect to the QMP socket {path}: {error.strerror or error}")
+
+
+class Monitor:
+    """One QMP session; made by :func:`connect`."""
+
+    def __init__(self, client: QMPClient, path: str, greeting: Mapping[str, Any], trace: Trace | None) -> None:
+        self._client = client
+        self._trace = trace
+        self.path = path
+        version = greeting["QMP"]["version"]["qemu"]
+        self.version: tuple[int, int, int] = (version["major"], version["minor"], version["micro"])
+        self.lost = False
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, timeout: float = REPLY_TIMEOUT
+    ) -> Any:
+        """Send one command and give back what QEMU returned.
+
+        CommandFailed when QEMU answers with an error; DomainUnreachable when it answers nothing within ``timeout``
+        seconds or is gone, and then it is not known whether the command was carried out.
+        """
+        if self.lost:
+            raise DomainUnreachable(f"the connection to {self.path} was given up after an earlier failure")
+        try:
+            async with asyncio.timeout(timeout):
+                result = await self._client.execute(command, dict(arguments or {}))
+        except ExecuteError as error:
+            self._note(command, arguments, {"error": error.error.error.desc})
+            raise CommandFailed(command, error.error.error.class_, error.error.error.desc) from error
+        except TimeoutError as error:
+            self.lost = True
+            raise DomainUnreachable(
+                f"QEMU gave no reply to {command} on {self.path} within {timeout:.0f} s",
+                means="It is not known whether the command was carried out.",
+                todo="The next pullback command looks at what is there and clears it.",
+            ) from error
+        except (QMPError, StateError, EOFError, OSError) as error:
+            self.lost = True
+            raise DomainUnreachable(f"the connection to QEMU on {self.path} was lost during {command}") from error
+        except asyncio.CancelledError:
+            self.lost = True
+            raise
+        self._note(command, arguments, result)
+        return result
+
+    def _note(self, command: str, arguments: Mapping[str, Any] | None, reply: Any) -> None:
+        if self._trace is not None:
+            self._trace(command, arguments or {}, reply)
+
+    @asynccontextmanager
+    async def events(self, *names: str) -> AsyncIterator[EventListener]:
+        """Collect events of these names while the block runs."""
+        with self._client.listener(names) as listener:
+            yield listener
+
+    async def close(self) -> None:
+        """End the session; never raises, however the other side ended."""
+        try:
+            async with asyncio.timeout(GREETING_TIMEOUT):
+                await self._client.disconnect()
+        except (QMPError, EOFError, OSError, TimeoutError):
+            self.lost = True
+
+
+async def connect(path: str, trace: Trace | None = None) -> Monitor:
+    """A QMP session on the unix socket ``path``.
+
+    DomainUnreachable when nobody listens or it is no QMP server; DomainBusy when another client holds the monitor.
+    """
+    check_socket(path)
+    client = QMPClient("pullback")
+    try:
+        async with asyncio.timeout(GREETING_TIMEOUT):
+            await client.connect(path)
+    except TimeoutError as error:
+        await _abandon(client)
+        raise DomainBusy(
+            f"the QMP socket {path} gave no greeting within {GREETING_TIMEOUT:.0f} s",
+            means="Another program holds this monitor (it serves one client at a time), or it is no QMP socket.",
+            todo="Give QEMU a second -qmp socket for backups.",
+        ) from error
+    except ConnectError as error:
+        cause = error.exc
+        if isinstance(cause, OSError):
+            raise _no_connection(path, cause) from error
+        raise DomainUnreachable(
+            f"{path} is not a QMP socket", todo="Give the path that follows -qmp unix: on QEMU's command line."
+        ) from error
+    greeting = client.greeting
+    assert greeting is not None
+    return Monitor(client, path, greeting._asdict(), trace)
+
+
+async def _abandon(client: QMPClient) -> None:
+    try:
+        async with asyncio.timeout(1):
+            await client.disconnect()
+    except (QMPError, EOFError, OSError, TimeoutError):
+        return

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a domain's state out of QEMU: replies in, one ``Facts`` value out.
+
+Nothing is cached: what pullback knows of a domain is what QEMU says now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pullback.errors import CommandFailed
+from pullback.model.facts import Bitmap, Device, Export, Facts, Job, Node
+from pullback.qemu.monitor import Monitor
+
+_Json = Mapping[str, Any]
+
+
+def _bitmap(reply: _Json) -> Bitmap:
+    return Bitmap(
+        name=reply["name"],
+        granularity=reply["granularity"],
+        count=reply["count"],
+        recording=reply.get("recording", False),
+        persistent=reply.get("persistent", False),
+        busy=reply.get("busy", False),
+        inconsistent=reply.get("inconsistent", False),
+    )
+
+
+def _node(reply: _Json, children: Mapping[str, str]) -> Node:
+    image = reply["image"]
+    specific = image.get("format-specific", {}).get("data", {})
+    return Node(
+        name=reply["node-name"],
+        driver=reply["drv"],
+        virtual_size=image["virtual-size"],
+        read_only=reply["ro"],
+        filename=image.get("filename", ""),
+        actual_size=image.get("actual-size", 0),
+        compat=specific.get("compat", "") if isinstance(specific, Mapping) else "",
+        # QEMU's own bitmaps (of jobs, of filters) have no name.
+        bitmaps=tuple(_bitmap(entry) for entry in reply.get("dirty-bitmaps", ()) if entry.get("name")),
+        children=children,
+    )
+
+
+def _children(graph: _Json) -> dict[str, dict[str, str]]:
+    names = {node["id"]: node["name"] for node in graph["nodes"] if node["type"] == "block-driver"}
+    children: dict[str, dict[str, str]] = {}
+    for edge in graph["edges"]:
+        if edge["parent"] in names and edge["child"] in names:
+            children.setdefault(names[edge["parent"]], {})[edge["name"]] = names[edge["child"]]
+    return children
+
+
+def target_name(qdev: str, device: str, node: str) -> str:
+    """What a disk is called: its device's id, else its drive's id, else its node's name.
+
+    It must be the same at every start of the domain, since it names the disk in the repository.  QOM paths of devices
+    with an id are ``/machine/peripheral/ID/…``.
+    """
+    parts = qdev.split("/")
+    if len(parts) > 3 and parts[2] == "peripheral":
+        return parts[3]
+    return device or (node if not node.startswith("#") else "") or qdev.strip("/").replace("/", "-")
+
+
+async def _qom(monitor: Monitor, path: str, name: str) -> str | None:
+    try:
+        value = await monitor.execute("qom-get", {"path": path, "property": name})
+    except CommandFailed:
+        return None
+    return value if isinstance(value, str) else None
+
+
+async def _iothread(monitor: Monitor, qdev: str) -> str:
+    """The I/O thread of a device: its own property, or that of the controller its bus belongs to."""
+    path = qdev
+    for _ in range(4):
+        if thread := await _qom(monitor, path, "iothread"):
+            return thread
+        bus = await _qom(monitor, path, "parent_bus")
+        if not bus:
+            return ""
+        path = bus.rsplit("/", 1)[0]
+    return ""
+
+
+async def _devices(monitor: Monitor) -> tuple[Device, ...]:
+    threads = await monitor.execute("query-iothreads")
+    devices: list[Device] = []
+    for entry in await monitor.execute("query-block"):
+        qdev = entry.get("qdev", "")
+        root = entry.get("inserted", {}).get("node-name", "")
+        target = target_name(qdev, entry["device"], root)
+        while any(other.target == target for other in devices):
+            target += "x"
+        devices.append(
+            Device(
+                target=target,
+                qdev=qdev,
+                type=(await _qom(monitor, qdev, "type") or "") if qdev else "",
+                root=root,
+                removable=entry["removable"],
+                iothread=(await _iothread(monitor, qdev) if qdev else None) if threads else "",
+            )
+        )
+    return tuple(devices)
+
+
+async def observe(monitor: Monitor) -> Facts:
+    """Everything pullback decides on, as QEMU has it now.  DomainUnreachable when QEMU goes away meanwhile."""
+    graph = await monitor.execute("x-debug-query-block-graph")
+    children = _children(graph)
+    named = await monitor.execute("query-named-block-nodes", {"flat": True})
+    nodes = {entry["node-name"]: _node(entry, children.get(entry["node-name"], {})) for entry in named}
+    uuid = await monitor.execute("query-uuid")
+    return Facts(
+        name=(await monitor.execute("query-name")).get("name", ""),
+        uuid=uuid["UUID"] if uuid["UUID"].strip("0-") else "",
+        version=monitor.version,
+        run_state=(await monitor.execute("query-status"))["status"],
+        devices=await _devices(monitor),
+        nodes=nodes,
+        exports=tuple(
+            Export(entry["id"], entry["node-name"], entry["type"])
+            for entry in await monitor.execute("query-block-exports")
+        ),
+        jobs=tuple(Job(entry["id"], entry["type"], entry["status"]) for entry in await monitor.execute("query-jobs")),
+    )
