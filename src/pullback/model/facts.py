@@ -146,5 +146,7 @@ def untracked_reason(node: Node) -> str:
     if node.driver != "qcow2":
         return f"a {node.driver} image cannot store dirty bitmaps (only qcow2 can)"
     if node.compat == "0.10":
-        return "a qcow2 image of the old version (compat 0.10) cannot store dirty bitmaps; `qemu-img amend -o compat=1.1` would let it"
+        return (
+            "a qcow2 image of version 2 (compat 0.10) cannot store dirty bitmaps; qemu-img amend can make it version 3"
+        )
     return ""

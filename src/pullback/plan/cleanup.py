@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pullback.model.facts import ID_PREFIX, NODE_PREFIX, Facts, Node
 from pullback.plan.command import ExportDeleted, Plan, Step
 
-#: Snapshot ids: one letter for who holds it, then 8 hex digits.  "b" belongs to a running backup and to nobody after it.
+#: Snapshot ids: one letter for who holds it, then 8 hex digits.  "b" belongs to one backup run.
 PRIVATE = "b"
 
 _NODE = re.compile(re.escape(NODE_PREFIX) + r"([a-z][0-9a-f]{8})-(\d+)-(scratch|filter|access)")
@@ -39,8 +39,8 @@ def _parts(facts: Facts) -> list[_Part]:
 def snapshots_in(facts: Facts) -> set[str]:
     """The ids of all snapshots that left anything in QEMU's block graph, exports or jobs."""
     ids = {part.snapshot for part in _parts(facts)}
-    for thing in (*facts.exports, *facts.jobs):
-        if match := _ID.fullmatch(thing.id):
+    for name in [export.id for export in facts.exports] + [job.id for job in facts.jobs]:
+        if match := _ID.fullmatch(name):
             ids.add(match[1])
     return ids
 

@@ -77,8 +77,8 @@ def refuse_unsafe(facts: Facts, disks: Sequence[Disk]) -> None:
         if facts.version < IOTHREAD_EXPORT_SAFE and disk.iothread != "":
             where = f"runs on I/O thread {disk.iothread}" if disk.iothread else "may run on an I/O thread"
             raise Refused(
-                f"disk {disk.target} of domain {facts.name} {where}, and QEMU {version} can abort when an export of such"
-                " a disk is closed",
+                f"disk {disk.target} of domain {facts.name} {where}, and QEMU {version} can abort when an export"
+                " of such a disk is closed",
                 means="Nothing was touched, no backup was made.",
                 todo="Use QEMU 9.0 or newer, remove the iothread= property of the device (or of its virtio-scsi"
                 " controller), or leave the disk out by naming the others with --disk.",

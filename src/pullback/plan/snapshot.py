@@ -161,7 +161,7 @@ def _changes(part: DiskSnapshot, checkpoint: str, edges: Sequence[Edge]) -> list
 
 @dataclass(frozen=True, slots=True)
 class ExportPart:
-    """One disk of an export: ``since`` maps the checkpoints asked for to the edges that lead from them to the freeze."""
+    """One disk of an export; ``since`` are checkpoints, each with the edges that lead from it to the freeze."""
 
     part: DiskSnapshot
     since: tuple[tuple[str, tuple[Edge, ...]], ...] = ()

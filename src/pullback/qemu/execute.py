@@ -93,6 +93,9 @@ async def _run_paused(monitor: Monitor, action: Paused) -> float:
                 await run_step(monitor, step)
         return time.monotonic() - begin
     finally:
+        if monitor.lost:
+            # The guard is armed still, and the monitor serves one client at a time.
+            await monitor.close()
         await asyncio.to_thread(guard.close)
 
 

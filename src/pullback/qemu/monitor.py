@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 import stat
 import struct
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
@@ -58,7 +58,7 @@ def peer_of(path: str) -> Peer:
 def check_socket(path: str) -> None:
     """DomainUnreachable, in words that help, when ``path`` is no unix socket that we may open."""
     try:
-        mode = os.stat(path).st_mode
+        mode = Path(path).stat().st_mode
     except OSError as error:
         raise _no_connection(path, error) from error
     if not stat.S_ISSOCK(mode):
@@ -78,6 +78,16 @@ def _no_connection(path: str, error: OSError) -> DomainUnreachable:
     if isinstance(error, ConnectionRefusedError):
         return DomainUnreachable(f"nobody listens on the socket {path}", todo="QEMU has ended; start the domain.")
     return DomainUnreachable(f"cannot connect to the QMP socket {path}: {error.strerror or error}")
+
+
+async def _settled(command: Coroutine[Any, Any, Any]) -> Any:
+    """Await ``command`` to its end even when we are cancelled, so that its outcome is known; then be cancelled."""
+    task = asyncio.ensure_future(command)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 class Monitor:
@@ -102,8 +112,7 @@ class Monitor:
         if self.lost:
             raise DomainUnreachable(f"the connection to {self.path} was given up after an earlier failure")
         try:
-            async with asyncio.timeout(timeout):
-                result = await self._client.execute(command, dict(arguments or {}))
+            result = await _settled(asyncio.wait_for(self._client.execute(command, dict(arguments or {})), timeout))
         except ExecuteError as error:
             self._note(command, arguments, {"error": error.error.error.desc})
             raise CommandFailed(command, error.error.error.class_, error.error.error.desc) from error
@@ -117,9 +126,6 @@ class Monitor:
         except (QMPError, StateError, EOFError, OSError) as error:
             self.lost = True
             raise DomainUnreachable(f"the connection to QEMU on {self.path} was lost during {command}") from error
-        except asyncio.CancelledError:
-            self.lost = True
-            raise
         self._note(command, arguments, result)
         return result
 
