@@ -16,6 +16,7 @@ import pytest
 
 from lab.processes import LabTimeout, wait_for
 from lab.qemu import BareQemu, short_directory
+from lab.vm import Vm
 
 MARK = "PULLBACK_TEST_SESSION"
 
@@ -65,5 +66,16 @@ def bare_qemu() -> Iterator[Callable[..., BareQemu]]:
 
         def start(*arguments: Any, **keywords: Any) -> BareQemu:
             return stack.enter_context(BareQemu(*arguments, **keywords))
+
+        yield start
+
+
+@pytest.fixture
+def guest_vm() -> Iterator[Callable[..., Vm]]:
+    """A factory of booted Vm (same arguments as the class; 3 s each without KVM); all are ended after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: Any, **keywords: Any) -> Vm:
+            return stack.enter_context(Vm(*arguments, **keywords))
 
         yield start

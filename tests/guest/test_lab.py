@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BareQemu: what is written through a device is in the image, and QEMU saw it."""
+"""The laboratory itself: what it says it did to a disk is what the image holds, and what QEMU saw."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +13,14 @@ import pytest
 
 from lab import images
 from lab.disks import KINDS, DiskSpec
-from lab.monitor import QmpError
-from lab.processes import LabError
+from lab.monitor import Monitor, QmpError
+from lab.processes import LabError, LabTimeout, run
 from lab.qemu import BareQemu
+from lab.vm import GuestError, Vm
 
 MIB = 1 << 20
 Start = Callable[..., BareQemu]
+Boot = Callable[..., Vm]
 
 
 @pytest.fixture
@@ -91,8 +95,6 @@ def test_read_only_and_raw_disks(bare_qemu: Start, tmp_path: Path) -> None:
 
 
 def test_both_monitors_answer_and_errors_are_qemus_own(bare_qemu: Start, image: Path) -> None:
-    from lab.monitor import Monitor
-
     vm = bare_qemu([DiskSpec(image)], name="two")
     other = Monitor(vm.qmp_path)
     try:
@@ -127,3 +129,94 @@ def test_start_up_is_fast(bare_qemu: Start, image: Path) -> None:
     before = time.monotonic()
     bare_qemu([DiskSpec(image)])
     assert time.monotonic() - before < 2
+
+
+def test_a_guest_writes_its_file_system_and_the_image_holds_it(guest_vm: Boot, tmp_path: Path) -> None:
+    path = images.make_ext4(tmp_path / "ext4.qcow2", 32 * MIB, {"etc/motto": b"made without root\n"})
+    vm = guest_vm([DiskSpec(path)])
+    assert vm.run("mount /dev/vda /mnt && cat /mnt/etc/motto") == "made without root\n"
+    vm.run("dd if=/dev/urandom of=/mnt/random bs=1M count=4 && mkdir /mnt/new && umount /mnt && sync")
+    inside = vm.run("sha256sum /dev/vda").split()[0]
+    assert images.raw_sha256(path) == inside
+    vm.run("mount /dev/vda /mnt && rm /mnt/random && umount /mnt && sync")
+    assert images.raw_sha256(path) == vm.run("sha256sum /dev/vda").split()[0] != inside
+
+
+def test_discards_give_space_back_and_shutdown_stores_bitmaps(guest_vm: Boot, image: Path) -> None:
+    vm = guest_vm([DiskSpec(image)])
+    vm.run("yes | dd of=/dev/vda bs=1M count=8 iflag=fullblock conv=fsync")
+    full = images.info(image)["actual-size"]
+    vm.qmp("block-dirty-bitmap-add", node="node-vda", name="kept", persistent=True)
+    vm.run(f"blkdiscard -o {2 * MIB} -l {4 * MIB} /dev/vda")
+    assert vm.bitmaps("vda")["kept"]["count"] == 4 * MIB
+    vm.shutdown()
+    assert not vm.running()
+    assert full - images.info(image)["actual-size"] >= 3 * MIB
+    assert images.raw_bytes(image) == b"y\n" * MIB + bytes(4 * MIB) + b"y\n" * MIB
+    assert list(images.bitmaps(image)) == ["kept"]
+
+
+def test_a_killed_guest_leaves_what_it_synced_and_boots_again(guest_vm: Boot, tmp_path: Path) -> None:
+    vm = guest_vm([DiskSpec(images.make_ext4(tmp_path / "ext4.qcow2", 16 * MIB))])
+    vm.qmp("block-dirty-bitmap-add", node="node-vda", name="lost", persistent=True)
+    vm.run("mount /dev/vda /mnt && echo kept >/mnt/file && sync")
+    vm.kill()
+    assert not vm.running()
+    vm.start()
+    assert vm.run("mount /dev/vda /mnt && cat /mnt/file") == "kept\n"
+    assert vm.bitmaps("vda") == {}
+
+
+def test_disks_of_every_kind_the_guest_has_drivers_for(guest_vm: Boot, tmp_path: Path) -> None:
+    disks = []
+    for number, (bus, iothread) in enumerate(
+        [("virtio", True), ("scsi", False), ("scsi", True), ("ide", False), ("nvme", False)]
+    ):
+        path = tmp_path / f"{number}.qcow2"
+        raw = tmp_path / "raw"
+        raw.write_bytes(os.urandom(MIB))
+        images.create(path, MIB)
+        run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path])
+        disks.append(DiskSpec(path, id=f"disk{number}", bus=bus, iothread=iothread))
+    vm = guest_vm(disks)
+    sums = vm.run("sha256sum /dev/vd? /dev/sd? /dev/nvme?n1 | cut -c1-64").split()
+    assert sorted(sums) == sorted(images.raw_sha256(disk.path) for disk in disks)
+
+
+def test_the_shell_in_the_guest(guest_vm: Boot) -> None:
+    vm = guest_vm()
+    with pytest.raises(GuestError, match="no such place") as failed:
+        vm.run("echo no such place; exit 7")
+    assert failed.value.code == 7
+    every_byte = bytes(range(256)) * 300
+    assert vm.run_bytes("printf '\\377\\000\\r\\n1 0 5\\n'") == b"\xff\0\r\n1 0 5\n"
+    script = "i=0; while [ $i -lt 256 ]; do printf \\\\$(printf %o $i); i=$((i + 1)); done >/run/all"
+    vm.run(script + "; for i in $(seq 300); do cat /run/all; done >/run/much")
+    assert hashlib.sha256(vm.run_bytes("cat /run/much")).digest() == hashlib.sha256(every_byte).digest()
+    with pytest.raises(LabTimeout):
+        vm.run("sleep 1; echo late", timeout=0.2)
+    assert vm.run("echo in time") == "in time\n"
+    with pytest.raises(ValueError, match="too long"):
+        vm.run("#" * 50000)
+
+
+def test_background_jobs_in_the_guest(guest_vm: Boot) -> None:
+    vm = guest_vm()
+    endless = vm.start_background("while :; do echo more >>/run/endless; usleep 1000; done")
+    assert vm.start_background("echo done").wait() == "done\n"
+    with pytest.raises(GuestError, match="oops"):
+        vm.start_background("echo oops; false").wait()
+    assert endless.code() is None
+    endless.stop()
+    endless.stop()
+    size = vm.run("wc -c </run/endless")
+    assert vm.run("wc -c </run/endless") == size != "0\n"
+
+
+def test_a_guest_that_cannot_boot_shows_its_console(guest_vm: Boot, tmp_path: Path) -> None:
+    empty = tmp_path / "initramfs"
+    empty.write_bytes(b"")
+    with pytest.raises(LabError, match=r"did not boot(.|\n)*Kernel panic"):
+        guest_vm(extra_args=["-initrd", str(empty)])
+    with pytest.raises(ValueError, match="no driver for usb"):
+        guest_vm([DiskSpec(tmp_path / "none", bus="usb")])
