@@ -84,8 +84,7 @@ class Qemu:
             path.unlink(missing_ok=True)
         self._process = Process(self._argv(), self.directory / "log")
         try:
-            wait_for(self._listening, f"{self.name}: the monitor socket")
-            self._monitor = Monitor(self._own_path)
+            self._monitor = wait_for(self._connect, f"{self.name}: the monitor socket")
         except BaseException as error:
             self._process.kill()
             if isinstance(error, MonitorClosed):
@@ -93,19 +92,25 @@ class Qemu:
             raise
         self._qdev = {}
 
-    def _listening(self) -> bool:
-        if self._process is not None and not self._process.running():
+    def _connect(self) -> Monitor | None:
+        if not self.running():
             raise LabError(f"{self.name} did not start: {self.log()}")
-        return self._own_path.is_socket()
+        try:
+            return Monitor(self._own_path)
+        except (FileNotFoundError, ConnectionRefusedError):  # not bound yet; bound, not listening yet
+            return None
 
     def _argv(self) -> list[str]:
         argv = [self.program, "-no-user-config", "-nodefaults", "-nographic", "-S"]
         argv += ["-name", self.name, "-M", self.machine, "-accel", self.accel, "-m", self.memory]
-        # QEMU makes the sockets in this order: when our own is there, the other one is too.
+        # QEMU makes the sockets in this order: when our own listens, the other one does too.
         for number, path in enumerate((self.qmp_path, self._own_path)):
             argv += ["-chardev", f"socket,id=qmp{number},path={path},server=on,wait=off"]
             argv += ["-mon", f"chardev=qmp{number},mode=control"]
-        return [*argv, *arguments(self.disks), *self.extra_args]
+        return [*argv, *arguments(self.disks), *self._more_args(), *self.extra_args]
+
+    def _more_args(self) -> list[str]:
+        return []
 
     @property
     def pid(self) -> int:

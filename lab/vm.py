@@ -87,14 +87,13 @@ class Vm(Qemu):
         if words != ["ready", str(len(self.disks))]:
             raise LabError(f"{self.name}: not all disks appeared: {words}\n{self.console()[-3000:]}")
 
-    def _argv(self) -> list[str]:
+    def _more_args(self) -> list[str]:
         modules = dict.fromkeys(module for disk in self.disks for module in KINDS[disk.bus].modules or ())
         command_line = (
             "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off nokaslr tsc=reliable random.trust_cpu=on "
             f"lab.disks={len(self.disks)} lab.modules={','.join(modules)}"
         )
         return [
-            *super()._argv(),
             *(["-cpu", "host"] if self.accel == "kvm" else []),
             *["-kernel", str(guest.kernel()), "-initrd", str(guest.initramfs()), "-append", command_line],
             *["-no-reboot", "-chardev", f"file,id=console,path={self._console_path},append=on"],
