@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A restic repository, opened: what the engine uses.
+
+    repo = Repository.open(open_store(location), password)
+    with repo.lock():
+        with repo.new_writer() as writer: …        packs
+        repo.save_index()                          then the index
+        repo.save_snapshot(snapshot)               then the snapshot file: now the backup exists
+
+Every method may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+
+from pullback.errors import (
+    Damaged,
+    RepositoryExists,
+    RepositoryMissing,
+    RepositoryUnsupported,
+    UsageError,
+    WrongPassword,
+)
+from pullback.repository.blob import BlobId, BlobKind, PackId
+from pullback.repository.crypto import Key, KeyFileInvalid, ScryptCost, SealBroken, make_key_file, open_key_file
+from pullback.repository.documents import damaged, load_document, save_document
+from pullback.repository.index import Index, encode_index
+from pullback.repository.loader import BlobLoader, load_index_files
+from pullback.repository.locks import RepositoryLock, current_account
+from pullback.repository.pack import PackedBlob
+from pullback.repository.polynomial import random_polynomial
+from pullback.repository.snapshots import Snapshot, SnapshotBroken, decode_snapshot, encode_snapshot, find_snapshot
+from pullback.repository.store import FileKind, Store
+from pullback.repository.tree import Tree, TreeBroken, decode_tree, go_time
+from pullback.repository.writer import COMPRESSION_LEVEL, PackWriter, PendingIndex
+
+VERSION = 2
+READABLE_VERSIONS = (1, 2)
+CONFIG = "config"
+
+
+class Repository:
+    """An open repository; made by init or open."""
+
+    def __init__(self, store: Store, key: Key, repository_id: str, version: int) -> None:
+        self.store = store
+        self.id = repository_id
+        self.version = version
+        self._key = key
+        self._index = Index()
+        self._index_loaded = False
+        self._index_lock = threading.Lock()
+        self._pending = PendingIndex(self._index, self._save_packs)
+        self._loader = BlobLoader(store, key, self.load_index)
+        self._lock: RepositoryLock | None = None
+
+    # -- making and opening ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def init(cls, store: Store, password: str, *, version: int = VERSION, cost: ScryptCost | None = None) -> Repository:
+        """Make a new repository; raises RepositoryExists if there is one, or UsageError for an empty password.
+
+        The config is written last: before it, there is no repository.  `cost` is for tests.
+        """
+        if not password:
+            raise UsageError("The repository's password is empty", todo="Set RESTIC_PASSWORD or RESTIC_PASSWORD_FILE.")
+        if version not in READABLE_VERSIONS:
+            raise RepositoryUnsupported(f"Repositories of version {version} cannot be made")
+        if store.exists(FileKind.CONFIG, CONFIG) or any(True for _ in store.list(FileKind.KEYS)):
+            raise RepositoryExists(
+                f"There is a repository at {store.location} already",
+                means="It was left as it is.",
+                todo="Use it with its password, or choose another place.",
+            )
+        key, who = Key.generate(), current_account()
+        name, content = make_key_file(
+            key,
+            password,
+            created=go_time(datetime.now(UTC)),
+            username=who.username,
+            hostname=who.hostname,
+            cost=cost or ScryptCost(),
+        )
+        config = {
+            "version": version,
+            "id": secrets.token_hex(32),
+            "chunker_polynomial": f"{random_polynomial():x}",
+        }
+        store.create()
+        store.save(FileKind.KEYS, name, content)
+        save_document(store, key, version, FileKind.CONFIG, json.dumps(config, separators=(",", ":")).encode())
+        return cls(store, key, str(config["id"]), version)
+
+    @classmethod
+    def open(cls, store: Store, password: str) -> Repository:
+        """Open a repository with any of its passwords.
+
+        Raises RepositoryMissing, WrongPassword, Damaged for a broken key file or config, RepositoryUnsupported for
+        a version that is neither 1 nor 2.
+        """
+        if not store.exists(FileKind.CONFIG, CONFIG):
+            raise RepositoryMissing(
+                f"There is no repository at {store.location}",
+                todo="Check the location, or make one there with pullback init.",
+            )
+        key = _find_key(store, password)
+        repository_id, version = _read_config(store, key)
+        return cls(store, key, repository_id, version)
+
+    # -- the index ------------------------------------------------------------------------------------------------
+
+    @property
+    def index(self) -> Index:
+        """Which pack holds which blob; read from the store at the first use."""
+        return self.load_index()
+
+    def load_index(self) -> Index:
+        """Read all index files unless that was done; what this process wrote is in it too.
+
+        Take the lock first: without one, a prune may delete what the index names.
+        """
+        with self._index_lock:
+            if not self._index_loaded:
+                self._index.adopt(load_index_files(self.store, self._key))
+                self._index_loaded = True
+            return self._index
+
+    def save_index(self) -> None:
+        """Write what was stored since the last time to index files, durably; call it when all writers are flushed."""
+        self._pending.flush()
+
+    def _save_packs(self, packs: Mapping[PackId, Iterable[PackedBlob]]) -> None:
+        save_document(self.store, self._key, self.version, FileKind.INDEX, encode_index(packs))
+
+    # -- blobs and trees ------------------------------------------------------------------------------------------
+
+    def load_blob(self, kind: BlobKind, blob: BlobId) -> bytes:
+        """The verified plain bytes of a blob; raises Damaged, naming pack and blob."""
+        return self._loader.load(kind, blob)
+
+    def load_blobs_of_pack(self, pack: PackId, blobs: Iterable[BlobId]) -> Iterator[tuple[BlobId, bytes]]:
+        """Data blobs of one pack, verified, in the order they lie there, read in as few pieces as is sensible."""
+        return self._loader.load_from_pack(pack, blobs)
+
+    def load_tree(self, tree: BlobId) -> Tree:
+        """A directory's nodes; raises Damaged."""
+        try:
+            return decode_tree(self.load_blob(BlobKind.TREE, tree))
+        except TreeBroken as error:
+            raise Damaged(f"The tree {tree.hex()} of the repository cannot be understood: {error}") from None
+
+    def new_writer(self, level: int = COMPRESSION_LEVEL) -> PackWriter:
+        """A writer for the calling thread; hold a lock while there is one.
+
+        Blobs that the loaded index knows are not stored again; without load_index, only those of this process.
+        """
+        return PackWriter(self.store, self._key, self._pending, version=self.version, level=level)
+
+    @property
+    def bytes_stored(self) -> int:
+        """Bytes of packs this process stored."""
+        return self._pending.bytes_stored
+
+    @property
+    def blobs_stored(self) -> int:
+        """Blobs this process stored."""
+        return self._pending.blobs_stored
+
+    # -- backups --------------------------------------------------------------------------------------------------
+
+    def save_snapshot(self, snapshot: Snapshot) -> str:
+        """Store the snapshot file; when this returns the backup exists; returns its id.
+
+        Raises RepositoryLocked if our lock was lost meanwhile.  Index entries not written yet are written first.
+        """
+        if self._pending.open_claims:
+            raise RuntimeError("a writer was neither flushed nor abandoned")
+        self.save_index()
+        if self._lock is not None:
+            self._lock.check()
+        return save_document(self.store, self._key, self.version, FileKind.SNAPSHOTS, encode_snapshot(snapshot))
+
+    def snapshots(self, domain: str | None = None) -> list[Snapshot]:
+        """All backups, or those of one domain, the oldest first; raises Damaged for a broken snapshot file."""
+        found = []
+        for name, _ in self.store.list(FileKind.SNAPSHOTS):
+            try:
+                document = load_document(self.store, self._key, FileKind.SNAPSHOTS, name)
+            except Damaged:
+                if self.store.exists(FileKind.SNAPSHOTS, name):
+                    raise
+                continue  # forgotten by somebody since it was listed
+            try:
+                found.append(decode_snapshot(document, name))
+            except SnapshotBroken as error:
+                raise damaged(FileKind.SNAPSHOTS, name, str(error)) from None
+        chosen = [snapshot for snapshot in found if domain is None or snapshot.hostname == domain]
+        return sorted(chosen, key=lambda snapshot: (snapshot.time, snapshot.id))
+
+    def find(self, spec: str) -> Snapshot:
+        """The backup named by an id, a unique start of one, `latest` or `DOMAIN@latest`; raises BackupNotFound."""
+        return find_snapshot(self.snapshots(), spec)
+
+    def lock(
+        self, exclusive: bool = False, *, retry: float = 0.0, waiting: Callable[[str], None] | None = None
+    ) -> RepositoryLock:
+        """A lock to enter: shared for reading and writing, exclusive for deleting.
+
+        Waits up to `retry` seconds, calling `waiting` with a sentence, then raises RepositoryLocked.
+        """
+        self._lock = RepositoryLock(
+            self.store,
+            self._key,
+            self.version,
+            exclusive=exclusive,
+            retry=retry,
+            waiting=waiting,
+            acquired=None if self._lock is not None and self._lock.held else self._forget_index,
+        )
+        return self._lock
+
+    def _forget_index(self) -> None:
+        # While we held no lock a prune may have deleted anything we knew of: a chunk believed to be stored would
+        # be left out of the next backup.
+        with self._index_lock:
+            self._pending.reset()
+            self._index_loaded = False
+
+
+def _find_key(store: Store, password: str) -> Key:
+    broken: Damaged | None = None
+    for name, _ in store.list(FileKind.KEYS):
+        content = store.load(FileKind.KEYS, name)
+        try:
+            if hashlib.sha256(content).hexdigest() != name:
+                raise KeyFileInvalid("its SHA-256 is not its name")
+            return open_key_file(content, password)
+        except SealBroken:
+            continue
+        except KeyFileInvalid as error:
+            broken = damaged(FileKind.KEYS, name, str(error))
+    if broken is not None:
+        raise broken
+    raise WrongPassword(
+        f"No key of the repository {store.location} opens with this password",
+        todo="Check RESTIC_PASSWORD, RESTIC_PASSWORD_FILE or RESTIC_PASSWORD_COMMAND.",
+    )
+
+
+def _read_config(store: Store, key: Key) -> tuple[str, int]:
+    document = load_document(store, key, FileKind.CONFIG, CONFIG)
+    try:
+        fields = json.loads(document)
+        version, repository_id = int(fields["version"]), bytes.fromhex(fields["id"]).hex()
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(FileKind.CONFIG, CONFIG, type(error).__name__) from None
+    if version not in READABLE_VERSIONS:
+        raise RepositoryUnsupported(
+            f"The repository {store.location} has format version {version}; versions 1 and 2 are known",
+            todo="A newer pullback may read it.",
+        )
+    return repository_id, version

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a repository, whatever they are stored on.
+
+    config                     one, never changed
+    keys/ID  index/ID          ID = SHA-256 of the stored bytes, 64 lower case hex digits
+    snapshots/ID  locks/ID
+    data/XX/ID                 XX = the first two digits of ID
+
+Files are written whole, never changed, and seen by others only when complete (restic's "Repository Layout").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+from pullback.errors import RepositoryUnsupported, UsageError
+
+# Anything that holds bytes one after the other.
+Bytes: TypeAlias = bytes | bytearray | memoryview
+
+ID_NAME = re.compile(r"[0-9a-f]{64}")
+SCHEME = re.compile(r"([a-z][a-z0-9+]*):")
+
+
+class FileKind(StrEnum):
+    """The kinds of repository files; the value is the directory they stand in."""
+
+    CONFIG = "config"
+    KEYS = "keys"
+    DATA = "data"
+    INDEX = "index"
+    SNAPSHOTS = "snapshots"
+    LOCKS = "locks"
+
+
+class Store(Protocol):
+    """Where repository files live; every method may be called from any thread."""
+
+    location: str
+
+    def create(self) -> None:
+        """Prepare an empty repository's directories; what stands there already stays."""
+
+    def save(self, kind: FileKind, name: str, data: Bytes | Sequence[Bytes]) -> None:
+        """Store a file, durable on return; after a failure or a crash it is there whole or not at all."""
+
+    def load(self, kind: FileKind, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Read `length` bytes at `offset` (all from there: None); raises Damaged if the file is missing or shorter."""
+
+    def list(self, kind: FileKind) -> Iterator[tuple[str, int]]:
+        """Names and sizes in bytes of all files of a kind, in no particular order."""
+
+    def exists(self, kind: FileKind, name: str) -> bool:
+        """Whether the file is there."""
+
+    def remove(self, kind: FileKind, name: str) -> None:
+        """Delete a file; one that is gone already is no error."""
+
+
+def relative_path(kind: FileKind, name: str) -> str:
+    """The place of a file below the repository's root, with slashes."""
+    if kind is FileKind.CONFIG:
+        return "config"
+    if not ID_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} does not name a repository file")
+    if kind is FileKind.DATA:
+        return f"data/{name[:2]}/{name}"
+    return f"{kind.value}/{name}"
+
+
+def describe(kind: FileKind, name: str) -> str:
+    """How a file is called in messages: `data/0123…` as in the store, so that a person finds it."""
+    return "config" if kind is FileKind.CONFIG else f"{kind.value}/{name}"
+
+
+def buffers(data: Bytes | Sequence[Bytes]) -> list[memoryview]:
+    """The pieces of what is to be stored, as flat views of bytes."""
+    pieces = [data] if isinstance(data, (bytes, bytearray, memoryview)) else data
+    return [memoryview(piece).cast("B") for piece in pieces]
+
+
+def open_store(location: str) -> Store:
+    """The store at `location`, in restic's notation.
+
+    A path, `local:PATH`, or `s3:http://HOST:PORT/BUCKET/PREFIX` (https:// too, and plain `s3:HOST/BUCKET/PREFIX`,
+    which is https).  Raises UsageError for an empty or malformed one, RepositoryUnsupported for another scheme.
+    Nothing is contacted or created.
+    """
+    if not location:
+        raise UsageError("No repository was named", todo="Name one with --repo or RESTIC_REPOSITORY.")
+    scheme = SCHEME.match(location)
+    if scheme is None:
+        return _local(location)
+    rest = location[scheme.end() :]
+    if scheme[1] == "local":
+        return _local(rest)
+    if scheme[1] == "s3":
+        from pullback.repository.object_store import open_s3
+
+        return open_s3(location, rest)
+    raise RepositoryUnsupported(
+        f"Repositories of the kind {scheme[1]!r} are not supported",
+        todo="Use a directory (PATH or local:PATH) or S3 (s3:https://HOST/BUCKET/PREFIX); "
+        f"a directory whose name starts with '{scheme[0]}' is written local:{location}.",
+    )
+
+
+def _local(path: str) -> Store:
+    from pullback.repository.local_store import LocalStore
+
+    if not path:
+        raise UsageError("The repository's path is empty")
+    return LocalStore(Path(path))
