@@ -22,6 +22,7 @@ from pullback.nbd.address import Address, TcpAddress
 from pullback.nbd.client_codec import ClientCodec, Completed
 from pullback.nbd.client_handshake import ClientHandshake
 from pullback.nbd.extents import Extents, cut_extents, merge_extents
+from pullback.nbd.framing import pieces
 from pullback.nbd.stream import PlainStream, Stream, TlsStream, connect_socket
 
 # Requests without payload go in steps of almost 4 GiB that keep every alignment a server may ask for.
@@ -118,7 +119,7 @@ class NbdConnection:
     def read_into(self, offset: int, buffer: memoryview | bytearray) -> None:
         """Fill ``buffer`` from ``offset`` on."""
         view = memoryview(buffer)
-        for start, length in _pieces(len(view), self.info.max_payload):
+        for start, length in pieces(len(view), self.info.max_payload):
             self._complete(self.submit_read(offset + start, view[start : start + length]))
 
     def read(self, offset: int, length: int) -> bytes:
@@ -130,17 +131,17 @@ class NbdConnection:
     def write(self, offset: int, data: Buffer) -> None:
         """Write ``data``; after a failure any part of it may have been written."""
         view = memoryview(data).cast("B")
-        for start, length in _pieces(len(view), self.info.max_payload):
+        for start, length in pieces(len(view), self.info.max_payload):
             self._complete(self.submit_write(offset + start, view[start : start + length]))
 
     def write_zeroes(self, offset: int, length: int, no_hole: bool = False) -> None:
         """Make a range of any length read as zeroes, as holes where the server can unless ``no_hole``."""
-        for start, size in _pieces(length, STEP):
+        for start, size in pieces(length, STEP):
             self._complete(self.submit_write_zeroes(offset + start, size, no_hole))
 
     def trim(self, offset: int, length: int) -> None:
         """Tell the server that a range of any length is not needed any more."""
-        for start, size in _pieces(length, STEP):
+        for start, size in pieces(length, STEP):
             self._complete(self.submit_trim(offset + start, size))
 
     def flush(self) -> None:
@@ -364,11 +365,6 @@ def _after(views: list[memoryview], sent: int) -> list[memoryview]:
         sent -= len(views[0])
         views = views[1:]
     return [views[0][sent:], *views[1:]] if views and sent else views
-
-
-def _pieces(length: int, limit: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, length, limit):
-        yield start, min(limit, length - start)
 
 
 def _reason(error: OSError) -> str:

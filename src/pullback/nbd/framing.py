@@ -12,7 +12,7 @@ payload is copied over.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from pullback.errors import NbdProtocolError
 
@@ -95,6 +95,12 @@ class Receiver:
                 self._header(data)
             else:
                 return
+
+
+def pieces(length: int, limit: int) -> Iterator[tuple[int, int]]:
+    """Cut ``length`` bytes into ``(start, length)`` of at most ``limit`` bytes each."""
+    for start in range(0, length, limit):
+        yield start, min(limit, length - start)
 
 
 def _nothing_expected(data: bytes) -> None:
