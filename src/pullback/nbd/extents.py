@@ -7,7 +7,7 @@ import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable
-from itertools import accumulate, groupby
+from itertools import accumulate, chain, groupby
 from operator import eq
 from typing import Final
 
@@ -39,6 +39,14 @@ def parse_extents(payload: bytes | bytearray, limit: int, *, one: bool = False) 
         raise NbdProtocolError("The NBD server sent more extents than were asked for")
     lengths[-1] = min(lengths[-1], limit - before_last)
     return lengths, flags
+
+
+def pack_extents(extents: Iterable[tuple[int, int]]) -> bytes:
+    """Write ``(length, flags)`` as the descriptors of a block status chunk."""
+    numbers = array(_U32, chain.from_iterable(extents))
+    if sys.byteorder == "little":
+        numbers.byteswap()
+    return numbers.tobytes()
 
 
 def merge_extents(offset: int, parts: Iterable[Extents]) -> list[tuple[int, int, int]]:

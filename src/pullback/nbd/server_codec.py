@@ -17,12 +17,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from struct import pack
 from typing import Final
 
 from pullback.errors import NbdProtocolError, NbdRefused
 from pullback.nbd import protocol as p
+from pullback.nbd.extents import pack_extents
 from pullback.nbd.framing import Receiver
 from pullback.nbd.protocol import Command, CommandFlag
 from pullback.nbd.requests import Request, check
@@ -107,7 +106,7 @@ class ServerCodec:
         except NbdRefused as error:
             if has_payload:  # it is on its way all the same
                 self._receiver.expect_payload(_allocate(request.length), lambda: None)
-            self._outgoing += self._error(cookie, _server_errno(request, error.errno), error.what)
+            self._outgoing += self._error(cookie, _server_errno(request, error.errno, self._info.size), error.what)
             return
         if has_payload:
             data = self._allocate(request.length)
@@ -116,7 +115,8 @@ class ServerCodec:
             self._events.append(ClientRequest(cookie, request, data))
 
     def _valid(self, request: Request) -> None:
-        if request.flags & ~_VALID_FLAGS[request.command]:
+        # int: the complement of an IntFlag knows only the flags that have names
+        if int(request.flags) & ~int(_VALID_FLAGS[request.command]):
             raise NbdRefused(f"Flags {request.flags:#x} do not go with {request.command.name}", p.NbdErrno.EINVAL)
         if request.command is Command.FLUSH and (request.offset or request.length):
             raise NbdRefused("A flush has neither offset nor length", p.NbdErrno.EINVAL)
@@ -156,7 +156,7 @@ class ServerCodec:
         one = CommandFlag.REQ_ONE in request.request.flags
         for name, number in self._info.contexts.items():
             extents = found[name][: 1 if one else p.MAX_STATUS_EXTENTS]
-            body = pack(f">I{2 * len(extents)}I", number, *chain.from_iterable(extents))
+            body = p.U32.pack(number) + pack_extents(extents)
             parts.append(_chunk(p.Chunk.BLOCK_STATUS, request.cookie, len(body), 0) + body)
         return b"".join(parts) + _chunk(p.Chunk.NONE, request.cookie, 0, p.CHUNK_DONE)
 
@@ -172,9 +172,9 @@ def _chunk(kind: p.Chunk, cookie: int, length: int, flags: int) -> bytes:
     return p.STRUCTURED_REPLY.pack(p.STRUCTURED_REPLY_MAGIC, flags, kind, cookie, length)
 
 
-def _server_errno(request: Request, errno: int) -> p.NbdErrno:
+def _server_errno(request: Request, errno: int, size: int) -> p.NbdErrno:
     """What a server answers where a client's own check says ``errno``."""
     if errno == p.NbdErrno.EPERM:
         return p.NbdErrno.EPERM
-    beyond = errno == p.NbdErrno.EINVAL and request.command in (Command.WRITE, Command.WRITE_ZEROES)
-    return p.NbdErrno.ENOSPC if beyond else p.NbdErrno.EINVAL
+    grows = request.command in (Command.WRITE, Command.WRITE_ZEROES) and request.offset + request.length > size
+    return p.NbdErrno.ENOSPC if grows else p.NbdErrno.EINVAL

@@ -72,7 +72,7 @@ class ServerHandshake:
     def _converse(self) -> _Needs:
         self._outgoing += p.GREETING.pack(p.MAGIC, p.OPTION_MAGIC, _HANDSHAKE_FLAGS)
         (flags,) = p.CLIENT_FLAGS.unpack((yield p.CLIENT_FLAGS.size))
-        if flags & ~_HANDSHAKE_FLAGS:
+        if flags & ~int(_HANDSHAKE_FLAGS):
             raise NbdProtocolError("The NBD client sets flags that nobody offered")
         self._client_flags = p.HandshakeFlag(flags)
         for _ in range(p.MAX_OPTIONS):
