@@ -73,6 +73,9 @@ def _busybox() -> Path:
 
 
 def _build(target: Path, busybox: Path) -> None:
+    """Make ``target``, and remove what it replaces and what a build that was killed left; call with the lock held."""
+    for left in [*CACHE.glob("build-*"), *CACHE.glob("download-*")]:
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix="build-", dir=CACHE) as place:
         tree = Path(place) / "tree"
         run(["dpkg-deb", "-x", _package(), tree])

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 from lab import images
 from lab.disks import KINDS, DiskSpec
 from lab.monitor import Monitor, QmpError
-from lab.processes import LabError, LabTimeout, run
+from lab.processes import LabError, LabTimeout, run, wait_for
 from lab.qemu import BareQemu
 from lab.vm import GuestError, Vm
 
@@ -123,6 +126,24 @@ def test_a_bad_argument_says_what_qemu_said(image: Path) -> None:
     with pytest.raises(LabError, match="no-such-device"), vm:
         pass
     assert not vm.directory.exists()
+
+
+def test_a_qemu_dies_with_whoever_started_it(image: Path) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from lab.disks import DiskSpec\n"
+        "from lab.qemu import BareQemu\n"
+        "vm = BareQemu([DiskSpec(Path(sys.argv[1]))])\n"
+        "vm.start()\n"
+        "print(vm.pid, vm.directory, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    top = Path(images.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", script, image], cwd=top, capture_output=True, text=True, check=False)
+    pid, directory = done.stdout.split()
+    shutil.rmtree(directory)
+    wait_for(lambda: not Path(f"/proc/{pid}").exists(), "the end of the orphan", timeout=5)
 
 
 def test_start_up_is_fast(bare_qemu: Start, image: Path) -> None:

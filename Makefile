@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+.PHONY: help setup demo test lint clean
+
+help:
+	@echo 'make setup   install what is missing, make .venv (Debian 12 or newer, root or sudo)'
+	@echo 'make demo    a real VM: full and incremental backup, a disaster, a restore'
+	@echo 'make test    all tests, on two cores'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make clean   remove everything that was made here'
+
+setup:
+	@scripts/setup
+
+demo: setup
+	@.venv/bin/python -m demo
+
+# An idle worker takes tests from the other one: guests, the slow tests, boot on both cores at once.
+test: setup
+	@.venv/bin/python -m pytest -n 2 --dist worksteal --color=no $(ARGS)
+
+lint: setup
+	.venv/bin/ruff check --quiet .
+	.venv/bin/ruff format --check --quiet .
+	.venv/bin/mypy --no-color-output
+
+clean:
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
