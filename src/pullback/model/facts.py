@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 NODE_PREFIX = "pb-"
 #: Ids of the jobs and exports pullback creates.
 ID_PREFIX = "pullback-"
+#: A bitmap of this name on a frozen view says that QEMU's NBD server was started for it; the server cannot be asked.
+SERVER_MARK = "pullback-nbd-server"
 
 
 @dataclass(frozen=True, slots=True)

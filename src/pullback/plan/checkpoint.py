@@ -103,8 +103,8 @@ def _rebuilt(node: str, head: Edge, tail: Sequence[Edge], parent: str | None) ->
     return actions
 
 
-def remove_checkpoints(disks: Sequence[NodeChain], remove: Collection[str]) -> Plan:
-    """Take checkpoints out of the chains of several disks, in one transaction.
+def remove_checkpoints(disks: Sequence[tuple[NodeChain, Collection[str]]]) -> Plan:
+    """Take checkpoints out of the chains of several disks, of each disk its own, in one transaction.
 
     What is known since every remaining checkpoint stays exactly what it was:
 
@@ -114,10 +114,10 @@ def remove_checkpoints(disks: Sequence[NodeChain], remove: Collection[str]) -> P
 
     A bitmap cannot be renamed: a new one is added, the old one merged into it and removed.
     """
-    actions = [action for disk in disks for action in _remove_from(disk, remove)]
+    actions = [action for disk, remove in disks for action in _remove_from(disk, remove)]
     if not actions:
         return Plan()
-    names = ", ".join(sorted(set(remove)))
+    names = ", ".join(sorted({point for disk, remove in disks for point in disk.chain.points if point in remove}))
     return Plan((transaction(actions, f"merge checkpoint {names} away on all disks at once"),))
 
 

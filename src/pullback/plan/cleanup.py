@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pullback.model.facts import ID_PREFIX, NODE_PREFIX, Facts, Node
+from pullback.model.facts import ID_PREFIX, NODE_PREFIX, SERVER_MARK, Facts, Node
 from pullback.plan.command import ExportDeleted, Plan, Step
 
 #: Snapshot ids: one letter for who holds it, then 8 hex digits.  "b" belongs to one backup run.
@@ -85,16 +85,16 @@ def _take_out(facts: Facts, part: _Part) -> list[Step]:
     ]
 
 
-def remove_snapshots(facts: Facts, snapshots: set[str], server_is_ours: bool) -> Plan:
-    """Remove everything of these snapshots: exports, the NBD server if nobody else exports, nodes, finished jobs.
+def remove_snapshots(facts: Facts, snapshots: set[str]) -> Plan:
+    """Remove everything of these snapshots: exports, the NBD server if it is ours and unused, nodes, finished jobs.
 
-    ``server_is_ours`` says that the NBD server was started for one of them (it cannot be asked).  The scratch
-    files themselves are unlinked as soon as QEMU has them open, so they end with their nodes.
+    The scratch files themselves are unlinked as soon as QEMU has them open, so they end with their nodes.
     """
     steps, others = _exports(facts, snapshots)
-    if server_is_ours and not others:
-        steps.append(Step("nbd-server-stop", {}, "nobody exports any more"))
     mine = [part for part in _parts(facts) if part.snapshot in snapshots]
+    marked = any(bitmap.name == SERVER_MARK for part in mine for bitmap in part.node.bitmaps)
+    if marked and not others:
+        steps.append(Step("nbd-server-stop", {}, "nobody exports any more", optional=True))
     steps += [_remove(part) for part in mine if part.role == "access"]
     for part in mine:
         if part.role == "filter":

@@ -29,12 +29,16 @@ class ExportDeleted:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One QMP command, why it is sent, and what to wait for after its reply."""
+    """One QMP command, why it is sent, and what to wait for after its reply.
+
+    Of an ``optional`` one an error of QEMU's is no failure: what it undoes may not have happened.
+    """
 
     execute: str
     arguments: Mapping[str, Any]
     why: str
     wait: JobConcluded | ExportDeleted | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)

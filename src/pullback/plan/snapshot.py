@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pullback.model.chain import Edge
-from pullback.model.facts import ID_PREFIX, NODE_PREFIX, Disk
+from pullback.model.facts import ID_PREFIX, NODE_PREFIX, SERVER_MARK, Disk
 from pullback.plan.checkpoint import NodeChain, start_recording, stop_recording
 from pullback.plan.command import JobConcluded, Paused, Plan, Step
 
@@ -175,6 +175,13 @@ def start_export(parts: Sequence[ExportPart], socket: str, writable: bool) -> Pl
     steps = [step for item in parts for name, edges in item.since for step in _changes(item.part, name, edges)]
     steps.append(
         Step(
+            "block-dirty-bitmap-add",
+            {"node": parts[0].part.access, "name": SERVER_MARK, "disabled": True, "persistent": False},
+            "remember that the NBD server is ours, should we die",
+        )
+    )
+    steps.append(
+        Step(
             "nbd-server-start",
             {"addr": {"type": "unix", "data": {"path": socket}}},
             "QEMU's one NBD server",
@@ -196,3 +203,16 @@ def start_export(parts: Sequence[ExportPart], socket: str, writable: bool) -> Pl
         for item in parts
     ]
     return Plan(tuple(steps))
+
+
+def disown_server(part: DiskSnapshot) -> Plan:
+    """The NBD server that runs is somebody else's: forget that it was to be ours."""
+    return Plan(
+        (
+            Step(
+                "block-dirty-bitmap-remove",
+                {"node": part.access, "name": SERVER_MARK},
+                "the NBD server is not ours",
+            ),
+        )
+    )

@@ -47,6 +47,14 @@ async def _next(monitor: Monitor, events: EventListener, what: str) -> None:
 
 async def run_step(monitor: Monitor, step: Step) -> None:
     """Send one step's command and wait for what it asks to wait for."""
+    try:
+        await _run_step(monitor, step)
+    except CommandFailed:
+        if not step.optional:
+            raise
+
+
+async def _run_step(monitor: Monitor, step: Step) -> None:
     match step.wait:
         case JobConcluded(job_id):
             async with monitor.events("JOB_STATUS_CHANGE") as events:

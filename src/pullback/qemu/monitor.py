@@ -43,19 +43,41 @@ class Peer:
     gid: int
 
 
-def peer_of(path: str) -> Peer:
-    """The process that listens on the unix socket ``path``.  DomainUnreachable when nobody does."""
-    check_socket(path)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-            credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        except OSError as error:
-            raise _no_connection(path, error) from error
-    return Peer(*struct.unpack("3i", credentials))
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A connected socket on which nothing was said yet, and who is at its other end."""
+
+    socket: socket.socket
+    path: str
+    peer: Peer
 
 
-def check_socket(path: str) -> None:
+def dial(path: str) -> Line:
+    """Connect to the unix socket ``path``.  DomainUnreachable when nobody listens, DomainBusy when too many wait."""
+    _check_socket(path)
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        link.setblocking(False)
+        link.connect(path)
+        credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    except BlockingIOError as error:
+        link.close()
+        raise _in_use(path) from error
+    except OSError as error:
+        link.close()
+        raise _no_connection(path, error) from error
+    return Line(link, path, Peer(*struct.unpack("3i", credentials)))
+
+
+def _in_use(path: str) -> DomainBusy:
+    return DomainBusy(
+        f"the QMP socket {path} gave no greeting within {GREETING_TIMEOUT:.0f} s",
+        means="Another program holds this monitor (it serves one client at a time), or it is no QMP socket.",
+        todo="Give QEMU a second -qmp socket for backups.",
+    )
+
+
+def _check_socket(path: str) -> None:
     """DomainUnreachable, in words that help, when ``path`` is no unix socket that we may open."""
     try:
         mode = Path(path).stat().st_mode
@@ -148,33 +170,27 @@ class Monitor:
             self.lost = True
 
 
-async def connect(path: str, trace: Trace | None = None) -> Monitor:
-    """A QMP session on the unix socket ``path``.
+async def connect(line: Line, trace: Trace | None = None) -> Monitor:
+    """A QMP session on a dialled line, which it owns from here on.
 
-    DomainUnreachable when nobody listens or it is no QMP server; DomainBusy when another client holds the monitor.
+    DomainUnreachable when the other end is no QMP server; DomainBusy when another client holds the monitor.
     """
-    check_socket(path)
     client = QMPClient("pullback")
     try:
         async with asyncio.timeout(GREETING_TIMEOUT):
-            await client.connect(path)
+            await client.connect(line.socket)
     except TimeoutError as error:
         await _abandon(client)
-        raise DomainBusy(
-            f"the QMP socket {path} gave no greeting within {GREETING_TIMEOUT:.0f} s",
-            means="Another program holds this monitor (it serves one client at a time), or it is no QMP socket.",
-            todo="Give QEMU a second -qmp socket for backups.",
-        ) from error
+        line.socket.close()
+        raise _in_use(line.path) from error
     except ConnectError as error:
-        cause = error.exc
-        if isinstance(cause, OSError):
-            raise _no_connection(path, cause) from error
+        line.socket.close()
         raise DomainUnreachable(
-            f"{path} is not a QMP socket", todo="Give the path that follows -qmp unix: on QEMU's command line."
+            f"{line.path} is not a QMP socket", todo="Give the path that follows -qmp unix: on QEMU's command line."
         ) from error
     greeting = client.greeting
     assert greeting is not None
-    return Monitor(client, path, greeting._asdict(), trace)
+    return Monitor(client, line.path, greeting._asdict(), trace)
 
 
 async def _abandon(client: QMPClient) -> None:

@@ -111,7 +111,7 @@ class Key:
         try:
             fields = json.loads(document)
             return cls(_bytes(fields["encrypt"]), _bytes(fields["mac"]["k"]), _bytes(fields["mac"]["r"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise KeyFileInvalid(f"the keys inside cannot be read ({type(error).__name__})") from None
 
 
@@ -130,7 +130,7 @@ class ScryptCost:
         if 128 * self.n * self.r > MAX_SCRYPT_MEMORY or self.n * self.r * self.p > MAX_SCRYPT_WORK:
             raise KeyFileInvalid("its scrypt numbers ask for more than 1 GiB of memory or minutes of work")
         try:
-            derived = Scrypt(salt=salt, length=64, n=self.n, r=self.r, p=self.p).derive(password.encode())
+            derived = Scrypt(salt=salt, length=64, n=self.n, r=self.r, p=self.p).derive(password.encode(errors="surrogateescape"))
         except (ValueError, MemoryError, UnsupportedAlgorithm) as error:
             raise KeyFileInvalid(f"scrypt refused its numbers ({type(error).__name__})") from None
         return Key(derived[:32], derived[32:48], derived[48:])
@@ -165,7 +165,7 @@ def open_key_file(content: bytes, password: str) -> Key:
             raise KeyFileInvalid("it does not use scrypt")
         cost = ScryptCost(_int(fields["N"]), _int(fields["r"]), _int(fields["p"]))
         salt, sealed = _bytes(fields["salt"]), _bytes(fields["data"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise KeyFileInvalid(f"it is not a key file ({type(error).__name__})") from None
     return Key.from_json(cost.derive(password, salt).open(sealed))
 

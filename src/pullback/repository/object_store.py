@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import obstore
-from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store
 
 from pullback.errors import Damaged, RepositoryError, UsageError
@@ -60,7 +60,7 @@ class ObjectStore:
                 if wanted == 0:
                     return b""
                 content = self._range(path, offset, wanted)
-            except NotFoundError:
+            except FileNotFoundError:
                 raise Damaged(f"The repository's file {describe(kind, name)} is missing") from None
         if len(content) != wanted:
             raise Damaged(
@@ -72,7 +72,7 @@ class ObjectStore:
     def _range(self, path: str, offset: int, length: int) -> bytes:
         try:
             return obstore.get_range(self._store, path, start=offset, length=length).to_bytes()
-        except NotFoundError:
+        except FileNotFoundError:
             raise
         except BaseError:
             # A range beyond the end is an error of its own in every kind of store; only the size tells it apart.
@@ -97,7 +97,7 @@ class ObjectStore:
         with self._told("look into"):
             try:
                 obstore.head(self._store, relative_path(kind, name))
-            except NotFoundError:
+            except FileNotFoundError:
                 return False
             return True
 
@@ -106,7 +106,7 @@ class ObjectStore:
         with self._told("remove from"):
             try:
                 obstore.delete(self._store, relative_path(kind, name))
-            except NotFoundError:
+            except FileNotFoundError:
                 pass
 
     @contextmanager

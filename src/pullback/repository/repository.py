@@ -258,7 +258,7 @@ def _read_config(store: Store, key: Key) -> tuple[str, int]:
     try:
         fields = json.loads(document)
         version, repository_id = int(fields["version"]), bytes.fromhex(fields["id"]).hex()
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged(FileKind.CONFIG, CONFIG, type(error).__name__) from None
     if version not in READABLE_VERSIONS:
         raise RepositoryUnsupported(

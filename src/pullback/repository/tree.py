@@ -189,6 +189,8 @@ def unquote(stored: str) -> str:
         if len(digits) != _WIDTHS[code]:
             raise ValueError("a name ends within an escape")
         value = int(digits, 16)
+        if value > 0x10FFFF:
+            raise ValueError("a name holds a character beyond Unicode")
         raw += bytes([value]) if code == "x" else chr(value).encode()
         position += 2 + len(digits)
     return raw.decode(errors="surrogateescape")

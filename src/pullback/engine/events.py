@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What long work tells while it runs; the command line shows these, ``--json`` prints them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing worth telling; ``event`` is its name in ``--json`` output."""
+
+    event: ClassVar[str] = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"event": self.event, **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Note(Event):
+    """A sentence for the user that is neither progress nor an error."""
+
+    event: ClassVar[str] = "note"
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class DiskPlanned(Event):
+    """How a disk will be backed up, and for a full one why."""
+
+    event: ClassVar[str] = "disk"
+    disk: str
+    mode: str
+    reason: str
+    virtual_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen(Event):
+    """The disks are frozen: what the domain writes from now on is not in this backup.
+
+    ``paused_ms`` is for how many milliseconds the domain stood still.
+    """
+
+    event: ClassVar[str] = "frozen"
+    time: str
+    checkpoint: str | None
+    paused_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Progress(Event):
+    """Bytes ``done`` of ``total`` of the current work."""
+
+    event: ClassVar[str] = "progress"
+    work: str
+    done: int
+    total: int
+
+
+Emit = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """An ``Emit`` for whoever wants to hear nothing."""

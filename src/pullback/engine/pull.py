@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading frozen disks into a repository: one thread and one connection per core, each doing the whole line.
+
+    read (NBD) ─► zero? ─► hash ─► known? ─► compress ─► seal ─► pack ─► store;  then the range is let go
+
+There is no hand-over between threads: the libraries release the interpreter's lock while they work.  Memory is
+bounded by the threads (a read window and an open pack each) and by the segments they have begun.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from pullback.errors import NbdRefused, PullbackError, SnapshotBroken
+from pullback.model.extents import Span
+from pullback.model.units import CHUNK, MIB
+from pullback.nbd.address import UnixAddress
+from pullback.nbd.blocking import NbdConnection
+from pullback.plan.pull import Act, Run, SegmentPull
+from pullback.repository.blob import BlobId, BlobKind, blob_id
+from pullback.repository.layout import BackupBuilder
+from pullback.repository.writer import PackWriter
+
+#: Bytes asked for in one NBD request, and requests under way on one connection.
+REQUEST = 1 * MIB
+IN_FLIGHT = 4
+#: Bytes that a thread takes on at a time.
+BATCH = 16 * MIB
+
+_ID = 32
+_ZEROES = bytes(CHUNK)
+
+
+@dataclass(slots=True)
+class DiskSource:
+    """A frozen disk to read: its export, what to build, and what clean segments hold already.
+
+    ``base`` has, for each segment to build that keeps chunks, the ids of its chunks one after the other.
+    """
+
+    target: str
+    size: int
+    address: UnixAddress
+    segments: Iterator[SegmentPull]
+    base: dict[int, bytes] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class DiskCount:
+    """What became of a disk's bytes, so far."""
+
+    read: int = 0
+    new: int = 0
+    zero: int = 0
+
+
+@dataclass(slots=True)
+class _Segment:
+    """A segment being built: the ids of its chunks, and how many of its bytes are still to be read."""
+
+    source: DiskSource
+    plan: SegmentPull
+    ids: bytearray
+    missing: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    segment: _Segment
+    span: Span
+
+
+class Pull:
+    """Carries out the pull of several disks; made once, run once.
+
+    ``counts`` (by target) and ``done`` (bytes read) may be looked at while it runs.
+    """
+
+    def __init__(self, builder: BackupBuilder, sources: Sequence[DiskSource], let_go: bool) -> None:
+        self._builder = builder
+        self._let_go = let_go
+        self._lock = threading.Lock()
+        self._batches = self._all_batches(sources)
+        self._connections: list[NbdConnection] = []
+        self._zero_ids: dict[int, BlobId] = {}
+        self._stop = False
+        self._failure: PullbackError | None = None
+        self.counts = {source.target: DiskCount() for source in sources}
+        self.done = 0
+
+    def run(self, writers: Sequence[PackWriter]) -> None:
+        """Read everything with a thread for each of ``writers``; raises the first failure, after all have ended.
+
+        SnapshotBroken when the frozen view was lost; TransferError or RepositoryError for the two ends.  The writers
+        are not flushed.
+        """
+        with ThreadPoolExecutor(len(writers), thread_name_prefix="pullback-pull") as pool:
+            workers = [pool.submit(self._work, writer) for writer in writers]
+        if self._failure is not None:
+            raise self._failure
+        for worker in workers:
+            worker.result()
+
+    def stop(self) -> None:
+        """Make all threads end soon, from any thread; ``run`` then raises or returns early."""
+        with self._lock:
+            self._stop = True
+            for connection in self._connections:
+                connection.abort()
+
+    # -- what there is to do --------------------------------------------------------------------------------------
+
+    def _all_batches(self, sources: Sequence[DiskSource]) -> Iterator[_Batch]:
+        for source in sources:
+            for plan in source.segments:
+                yield from self._segment_batches(source, plan)
+
+    def _segment_batches(self, source: DiskSource, plan: SegmentPull) -> Iterator[_Batch]:
+        chunks = -(-plan.size // CHUNK)
+        segment = _Segment(source, plan, bytearray(_ID * chunks), 0)
+        for run in plan.runs:
+            self._fill(segment, run)
+        # Before the first batch is handed out, or the segment could be complete too early.
+        segment.missing = sum(run.length for run in plan.runs if run.act is Act.READ)
+        if not segment.missing:
+            yield _Batch(segment, Span(plan.offset, 0))
+        for run in plan.runs:
+            if run.act is Act.READ:
+                for offset in range(run.offset, run.end, BATCH):
+                    yield _Batch(segment, Span(offset, min(BATCH, run.end - offset)))
+
+    def _fill(self, segment: _Segment, run: Run) -> None:
+        first = (run.offset - segment.plan.offset) // CHUNK * _ID
+        last = -(-(run.end - segment.plan.offset) // CHUNK) * _ID
+        if run.act is Act.KEEP:
+            segment.ids[first:last] = segment.source.base[segment.plan.number][first:last]
+        elif run.act is Act.ZERO:
+            whole, rest = divmod(run.length, CHUNK)
+            segment.ids[first:last] = self._zero_id(CHUNK) * whole + (self._zero_id(rest) if rest else b"")
+            self.counts[segment.source.target].zero += run.length
+
+    def _zero_id(self, length: int) -> BlobId:
+        if length not in self._zero_ids:
+            self._zero_ids[length] = blob_id(bytes(length))
+        return self._zero_ids[length]
+
+    def _next(self) -> _Batch | None:
+        with self._lock:
+            return None if self._stop else next(self._batches, None)
+
+    # -- one thread -----------------------------------------------------------------------------------------------
+
+    def _work(self, writer: PackWriter) -> None:
+        connections: dict[str, NbdConnection] = {}
+        try:
+            line = _Line(self, writer)
+            while (batch := self._next()) is not None:
+                source = batch.segment.source
+                if source.target not in connections and batch.span.length:
+                    connections[source.target] = self._connect(source)
+                line.carry(batch, connections.get(source.target))
+        except PullbackError as error:
+            with self._lock:
+                # What fails after the first failure fails because of it: stop() cuts all connections.
+                self._failure = self._failure or error
+            self.stop()
+        finally:
+            for connection in connections.values():
+                connection.close()
+
+    def _connect(self, source: DiskSource) -> NbdConnection:
+        connection = NbdConnection.connect(source.address, source.target)
+        with self._lock:
+            self._connections.append(connection)
+        return connection
+
+    def read_done(self, segment: _Segment, length: int, new: int, zero: int) -> bool:
+        """Account for ``length`` bytes of a segment; whether it is complete now."""
+        with self._lock:
+            count = self.counts[segment.source.target]
+            count.read += length
+            count.new += new
+            count.zero += zero
+            self.done += length
+            segment.missing -= length
+            return segment.missing == 0
+
+    def finish_segment(self, segment: _Segment, writer: PackWriter) -> None:
+        """Store the segment's directory; every chunk of it was added before."""
+        ids = [BlobId(bytes(segment.ids[at : at + _ID])) for at in range(0, len(segment.ids), _ID)]
+        with self._lock:
+            zeroes = list(self._zero_ids.items())
+        for length, zero in zeroes:
+            writer.add(BlobKind.DATA, _ZEROES[:length], zero)
+        self._builder.add_segment(segment.source.target, segment.plan.number, segment.plan.size, ids, writer)
+
+    @property
+    def let_go(self) -> bool:
+        return self._let_go
+
+    def zero_id(self, length: int) -> BlobId:
+        with self._lock:
+            return self._zero_id(length)
+
+
+class _Line:
+    """What one thread does with its batches, and the buffers it does it in."""
+
+    def __init__(self, pull: Pull, writer: PackWriter) -> None:
+        self._pull = pull
+        self._writer = writer
+        self._free = [bytearray(REQUEST) for _ in range(IN_FLIGHT)]
+
+    def carry(self, batch: _Batch, connection: NbdConnection | None) -> None:
+        """Read a batch and store what is in it."""
+        if connection is None or not batch.span.length:
+            self._pull.finish_segment(batch.segment, self._writer)
+            return
+        reads = deque(
+            Span(offset, min(REQUEST, batch.span.end - offset))
+            for offset in range(batch.span.offset, batch.span.end, REQUEST)
+        )
+        flying: dict[int, tuple[Span, bytearray] | None] = {}
+        complete = False
+        while reads or flying:
+            while reads and self._free:
+                span, buffer = reads.popleft(), self._free.pop()
+                flying[connection.submit_read(span.offset, memoryview(buffer)[: span.length])] = (span, buffer)
+            arrived = flying.pop(self._wait(connection, batch))
+            if arrived is None:
+                continue
+            span, buffer = arrived
+            complete = self._store(batch.segment, span, buffer)
+            self._free.append(buffer)
+            if self._pull.let_go:
+                flying[connection.submit_trim(span.offset, span.length)] = None
+        if complete:
+            self._pull.finish_segment(batch.segment, self._writer)
+
+    def _wait(self, connection: NbdConnection, batch: _Batch) -> int:
+        try:
+            return connection.wait()
+        except NbdRefused as error:
+            raise read_failed(batch.segment.source.target, error) from error
+
+    def _store(self, segment: _Segment, span: Span, buffer: bytearray) -> bool:
+        new = zero = 0
+        view = memoryview(buffer)
+        before = self._writer.bytes_added
+        for start in range(0, span.length, CHUNK):
+            length = min(CHUNK, span.length - start)
+            if buffer.startswith(_ZEROES[:length] if length < CHUNK else _ZEROES, start):
+                blob = self._pull.zero_id(length)
+                zero += length
+            else:
+                blob = self._writer.add(BlobKind.DATA, view[start : start + length])
+            at = (span.offset + start - segment.plan.offset) // CHUNK * _ID
+            segment.ids[at : at + _ID] = blob
+        new = self._writer.bytes_added - before
+        return self._pull.read_done(segment, span.length, new, zero)
+
+
+def read_failed(target: str, error: NbdRefused) -> PullbackError:
+    """What a failed read of a frozen disk means: QEMU answers EINVAL (EACCES in its own words) once it is broken."""
+    if error.errno in (errno.EINVAL, errno.EACCES, errno.EPERM):
+        return SnapshotBroken(
+            f"the frozen view of {target} was lost: old data could not be saved to the scratch (it is full, failing or"
+            " too slow)",
+            todo="Make room where the scratch is, or name another directory with --scratch, and run the backup again.",
+        )
+    return error

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding out what a pull has to read: block status of the frozen disks, and what their bases hold.
+
+The changed-block map is asked for on a connection of its own and first: asking for both contexts at once makes the
+server walk the whole allocation of the disk as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pullback.engine.pull import DiskSource, read_failed
+from pullback.errors import NbdRefused
+from pullback.model.extents import Extent, Span, allocation, dirty_spans
+from pullback.nbd.address import UnixAddress
+from pullback.nbd.blocking import NbdConnection
+from pullback.plan.pull import (
+    clean_spans,
+    fetch_spans,
+    on_grid,
+    plan_segments,
+    read_spans,
+    segment_count,
+    segment_size,
+    touched_segments,
+)
+from pullback.repository.layout import SegmentRef, StoredBackup
+
+ALLOCATION = "base:allocation"
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What will be read of one disk; ``kept`` are segments that stay as the base has them."""
+
+    source: DiskSource
+    reads: list[Span]
+    kept: list[SegmentRef]
+    changed: int
+
+    @property
+    def to_read(self) -> int:
+        return sum(span.length for span in self.reads)
+
+
+def _dirty(address: UnixAddress, target: str, size: int, checkpoint: str) -> list[Span]:
+    context = f"qemu:dirty-bitmap:{checkpoint}"
+    with NbdConnection.connect(address, target, contexts=[context]) as connection:
+        return dirty_spans(connection.extents(context, 0, size))
+
+
+def _allocation(connection: NbdConnection, spans: Sequence[Span]) -> Iterator[Extent]:
+    for span in spans:
+        yield from allocation(connection.extents(ALLOCATION, span.offset, span.length))
+
+
+def survey(address: UnixAddress, target: str, size: int, base: tuple[StoredBackup, str] | None, let_go: bool) -> Survey:
+    """Find out what to read of the frozen ``target``, and let everything else go.
+
+    ``base`` is the backup to build on and the checkpoint it was made at; None reads the whole disk.
+    SnapshotBroken when the frozen view is lost already.
+    """
+    dirty = _dirty(address, target, size, base[1]) if base else [Span(0, size)] if size else []
+    kept: list[SegmentRef] = []
+    chunks: dict[int, bytes] = {}
+    whole: list[int] = []
+    if base:
+        kept, chunks, whole = _base(base[0], target, size, dirty)
+    fetch = fetch_spans(dirty, size, whole)
+    try:
+        with NbdConnection.connect(address, target, contexts=[ALLOCATION]) as connection:
+            reads = read_spans(fetch, _allocation(connection, fetch), size)
+            if let_go:
+                _trim(connection, clean_spans(reads, size))
+    except NbdRefused as error:
+        raise read_failed(target, error) from error
+    source = DiskSource(target, size, address, plan_segments(fetch, reads, size), chunks)
+    return Survey(source, reads, kept, sum(span.length for span in dirty))
+
+
+def _base(
+    backup: StoredBackup, target: str, size: int, dirty: Sequence[Span]
+) -> tuple[list[SegmentRef], dict[int, bytes], list[int]]:
+    """Of the base's segments: those that stay, the chunk ids of those that change, those to read whole."""
+    touched = set(touched_segments(dirty))
+    kept, chunks, whole = [], {}, []
+    segments = backup.segments(target)
+    if len(segments) != segment_count(size):
+        # Another program laid the base out; nothing of it can be shared by place.
+        return [], {}, list(range(segment_count(size)))
+    for segment in segments:
+        if segment.number not in touched:
+            kept.append(segment)
+            continue
+        content = backup.content(segment)
+        if on_grid([length for _, length in content], segment_size(segment.number, size)):
+            chunks[segment.number] = b"".join(blob for blob, _ in content)
+        else:
+            whole.append(segment.number)
+    return kept, chunks, whole
+
+
+def _trim(connection: NbdConnection, spans: Sequence[Span]) -> None:
+    """Let ranges go, many requests at a time."""
+    for span in spans:
+        if span.length >= 1 << 31:
+            connection.trim(span.offset, span.length)
+            continue
+        connection.submit_trim(span.offset, span.length)
+        if connection.pending >= 64:
+            connection.wait()
+    while connection.pending:
+        connection.wait()
