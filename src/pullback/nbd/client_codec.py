@@ -75,8 +75,8 @@ class ClientCodec:
 
     @property
     def pending(self) -> int:
-        """Number of requests that are not over."""
-        return len(self._pending)
+        """Number of requests that ``next_event`` has not reported."""
+        return len(self._pending) + len(self._events)
 
     @property
     def in_payload(self) -> bool:
