@@ -130,7 +130,9 @@ class ScryptCost:
         if 128 * self.n * self.r > MAX_SCRYPT_MEMORY or self.n * self.r * self.p > MAX_SCRYPT_WORK:
             raise KeyFileInvalid("its scrypt numbers ask for more than 1 GiB of memory or minutes of work")
         try:
-            derived = Scrypt(salt=salt, length=64, n=self.n, r=self.r, p=self.p).derive(password.encode(errors="surrogateescape"))
+            derived = Scrypt(salt=salt, length=64, n=self.n, r=self.r, p=self.p).derive(
+                password.encode(errors="surrogateescape")
+            )
         except (ValueError, MemoryError, UnsupportedAlgorithm) as error:
             raise KeyFileInvalid(f"scrypt refused its numbers ({type(error).__name__})") from None
         return Key(derived[:32], derived[32:48], derived[48:])
