@@ -105,10 +105,14 @@ def _read_disk(entry: _Reader) -> DiskEntry:
     mode = entry.get("mode", str)
     if mode not in ("full", "incremental"):
         raise Damaged(f"the manifest says mode {mode!r} of a disk")
+    target: str = entry.get("target", str)
+    if target in ("", ".", "..") or "/" in target or "\0" in target:
+        # It becomes a file's name at restore.
+        raise Damaged(f"the manifest calls a disk {target!r}")
     base = entry.get("base", dict, optional=True)
     base_reader = _Reader(base, "disks.base") if base is not None else None
     return DiskEntry(
-        target=entry.get("target", str),
+        target=target,
         virtual_size=entry.size("virtual_size"),
         checkpoint=entry.get("checkpoint", str, optional=True),
         mode=mode,

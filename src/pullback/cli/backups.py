@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands of a backup's life: init, backup, list, restore."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pullback.cli import options as opt
+from pullback.cli.config import find_domain
+from pullback.cli.interrupts import run_interruptible
+from pullback.cli.passwords import read_password, repository_opener
+from pullback.cli.reporter import Reporter, table
+from pullback.errors import UsageError
+from pullback.model.manifest import Manifest
+from pullback.model.units import human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from pullback.engine.backup import BackupResult
+    from pullback.engine.listing import ListedBackup
+
+
+def init(
+    repo: opt.Repo = None,
+    password_file: opt.PasswordFile = None,
+    password_command: opt.PasswordCommand = None,
+    config: opt.ConfigFile = None,
+    json: opt.Json = False,
+) -> None:
+    """Make a new repository (restic format 2)."""
+    from pullback.repository.repository import Repository
+    from pullback.repository.store import open_store
+
+    where = opt.repository_options(repo, password_file, password_command, opt.load_config(config))
+    if not where.location:
+        raise UsageError("no repository was named", todo="Use --repo, or set RESTIC_REPOSITORY.")
+    made = Repository.init(open_store(where.location), read_password(where, confirm=True))
+    Reporter(json).answer(
+        {"event": "repository", "id": made.id, "location": where.location},
+        [
+            f"made repository {made.id[:8]} at {where.location}",
+            "Keep its password: without it nobody can read the backups.",
+        ],
+    )
+
+
+def backup(
+    domain: Annotated[
+        str, typer.Argument(metavar="DOMAIN", help="qmp:PATH (a QMP socket), or a name from the configuration")
+    ],
+    disk: opt.Disks = None,
+    full: Annotated[bool, typer.Option("--full", help="Read the disks whole, whatever is known of changes")] = False,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name", metavar="NAME", help="The domain's name in the repository [QEMU's -name, else the socket's stem]"
+        ),
+    ] = None,
+    scratch: Annotated[
+        str | None, typer.Option("--scratch", metavar="DIR", help="Where QEMU makes the scratch images [/var/tmp]")
+    ] = None,
+    keep_checkpoints: Annotated[
+        int,
+        typer.Option(
+            "--keep-checkpoints",
+            metavar="N",
+            min=1,
+            help="How many of its own checkpoints this repository keeps per disk",
+        ),
+    ] = 4,
+    repo: opt.Repo = None,
+    password_file: opt.PasswordFile = None,
+    password_command: opt.PasswordCommand = None,
+    lock_retry: opt.LockRetry = 0.0,
+    config: opt.ConfigFile = None,
+    json: opt.Json = False,
+) -> None:
+    """Back up a running domain: what changed since its last backup here, or everything."""
+    settings = opt.load_config(config)
+    found = find_domain(domain, settings)
+    opener = repository_opener(opt.repository_options(repo, password_file, password_command, settings))
+    from pullback.engine.backup import BackupRequest, run_backup
+
+    request = BackupRequest(
+        socket=found.qmp,
+        name=name or found.name,
+        disks=tuple(disk or found.disks),
+        full=full,
+        scratch=scratch or found.scratch,
+        keep_checkpoints=keep_checkpoints,
+        lock_retry=lock_retry,
+    )
+    reporter = Reporter(json)
+    with reporter.working():
+        result = run_interruptible(run_backup(request, opener, reporter.emit))
+    reporter.answer(_backup_json(result), _backup_lines(result))
+
+
+def _backup_json(result: BackupResult) -> dict[str, Any]:
+    return {
+        "event": "backup",
+        "id": result.id,
+        **_manifest_json(result.manifest),
+        "bytes_read": result.bytes_read,
+        "bytes_stored": result.bytes_stored,
+        "seconds": round(result.seconds, 3),
+        "paused_ms": round(result.paused_seconds * 1000, 1),
+    }
+
+
+def _manifest_json(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "domain": manifest.domain,
+        "time": manifest.time.isoformat(),
+        "consistency": manifest.consistency,
+        "disks": [dataclasses.asdict(disk) for disk in manifest.disks],
+        "skipped": [{"target": target, "reason": reason} for target, reason in manifest.skipped],
+    }
+
+
+def _backup_lines(result: BackupResult) -> list[str]:
+    lines = [
+        f"{disk.target}: {disk.mode}, read {human_bytes(disk.bytes_read)}, new {human_bytes(disk.bytes_new)}"
+        for disk in result.manifest.disks
+    ]
+    lines.append(
+        f"backup {result.id[:8]} of {result.manifest.domain}: read {human_bytes(result.bytes_read)}, stored"
+        f" {human_bytes(result.bytes_stored)} in {human_seconds(result.seconds)}"
+    )
+    return lines
+
+
+def list_backups(
+    domain: Annotated[
+        str | None, typer.Argument(metavar="[DOMAIN]", help="Only backups of this domain (its name in the repository)")
+    ] = None,
+    repo: opt.Repo = None,
+    password_file: opt.PasswordFile = None,
+    password_command: opt.PasswordCommand = None,
+    config: opt.ConfigFile = None,
+    json: opt.Json = False,
+) -> None:
+    """List the backups in the repository."""
+    opener = repository_opener(opt.repository_options(repo, password_file, password_command, opt.load_config(config)))
+    from pullback.engine.listing import list_stored
+
+    found = list_stored(opener(), domain)
+    rows = [_row(one) for one in found]
+    lines = (
+        table(("ID", "TIME (UTC)", "DOMAIN", "MODE", "DISKS", "SIZE", "READ", "NEW"), rows) if rows else ["no backups"]
+    )
+    Reporter(json).answer(
+        {
+            "event": "backups",
+            "backups": [
+                {"id": one.id, **(_manifest_json(one.manifest) if one.manifest else {"damaged": one.damage})}
+                for one in found
+            ],
+        },
+        lines,
+    )
+
+
+def _row(one: ListedBackup) -> tuple[str, ...]:
+    stamp = f"{one.time:%Y-%m-%d %H:%M:%S}"
+    if one.manifest is None:
+        return (one.id[:8], stamp, one.domain, "damaged", "?", "?", "?", "?")
+    disks = one.manifest.disks
+    modes = {disk.mode for disk in disks}
+    return (
+        one.id[:8],
+        stamp,
+        one.domain,
+        modes.pop() if len(modes) == 1 else "mixed",
+        ",".join(disk.target for disk in disks),
+        human_bytes(sum(disk.virtual_size for disk in disks)),
+        human_bytes(sum(disk.bytes_read for disk in disks)),
+        human_bytes(sum(disk.bytes_new for disk in disks)),
+    )
+
+
+def restore(
+    backup_id: Annotated[
+        str, typer.Argument(metavar="BACKUP", help="A backup's id or the unique start of one, latest, or DOMAIN@latest")
+    ],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The directory for the new images")],
+    disk: opt.Disks = None,
+    image_format: Annotated[
+        str, typer.Option("--format", metavar="qcow2|raw", help="The format of the images")
+    ] = "qcow2",
+    repo: opt.Repo = None,
+    password_file: opt.PasswordFile = None,
+    password_command: opt.PasswordCommand = None,
+    lock_retry: opt.LockRetry = 0.0,
+    config: opt.ConfigFile = None,
+    json: opt.Json = False,
+) -> None:
+    """Restore a backup to new images, DIR/DISK.qcow2."""
+    opener = repository_opener(opt.repository_options(repo, password_file, password_command, opt.load_config(config)))
+    if image_format not in ("qcow2", "raw"):
+        raise UsageError(f"{image_format!r} is no format of images", todo="Use qcow2 or raw.")
+    from pullback.engine.restore import Restore, RestoreRequest
+
+    request = RestoreRequest(backup_id, to, tuple(disk or ()), "raw" if image_format == "raw" else "qcow2", lock_retry)
+    reporter = Reporter(json)
+    work = Restore(request, opener, reporter.emit)
+    with reporter.working():
+        result = run_interruptible(asyncio.to_thread(work.run), stop=work.stop)
+    reporter.answer(
+        {
+            "event": "restore",
+            "backup": result.backup,
+            "disks": [dataclasses.asdict(one) for one in result.disks],
+            "seconds": round(result.seconds, 3),
+        },
+        [
+            *(
+                f"{one.path}: {human_bytes(one.virtual_size)}, wrote {human_bytes(one.bytes_written)}"
+                for one in result.disks
+            ),
+            f"restored backup {result.backup[:8]} of {result.manifest.domain} in {human_seconds(result.seconds)}",
+        ],
+    )

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How events and results reach the user: a progress bar on a terminal, plain lines elsewhere, JSON lines for programs.
+
+Results go to standard output; progress and notes to standard error, so that a pipe gets only what was asked for.  With
+``--json`` everything, errors too, is JSON lines on standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pullback.engine.events import DiskPlanned, Event, Frozen, Note, Progress
+from pullback.errors import PullbackError
+from pullback.model.units import human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+#: Seconds between two lines of progress where there is no terminal.
+_PLAIN_EVERY = 5.0
+
+
+class Reporter:
+    """Takes events from any thread; use as a context manager around the work."""
+
+    def __init__(self, json_lines: bool) -> None:
+        self._json = json_lines
+        self._lock = threading.Lock()
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+        self._plain_due = 0.0
+        self._began = time.monotonic()
+
+    @contextmanager
+    def working(self) -> Iterator[Reporter]:
+        """Show progress while the block runs."""
+        try:
+            yield self
+        finally:
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = None
+
+    def emit(self, event: Event) -> None:
+        """Tell one event."""
+        with self._lock:
+            if self._json:
+                self.result(event.to_json())
+            elif isinstance(event, Progress):
+                self._progress(event)
+            elif (line := _sentence(event)) is not None:
+                self._say(line)
+
+    def result(self, value: dict[str, Any]) -> None:
+        """Print a JSON object on a line of its own."""
+        print(json.dumps(value, ensure_ascii=False), flush=True)
+
+    def answer(self, value: dict[str, Any], lines: Sequence[str]) -> None:
+        """Print what was asked for: the object with ``--json``, else the lines."""
+        if self._json:
+            self.result(value)
+        else:
+            print("\n".join(lines), flush=True)
+
+    def error(self, error: PullbackError) -> None:
+        """Tell why it failed."""
+        if self._json:
+            self.result({"event": "error", "message": str(error), "exit_code": error.exit_code})
+        else:
+            self._say(f"pullback: {error}")
+
+    def _say(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def _progress(self, event: Progress) -> None:
+        if sys.stderr.isatty():
+            self._move_bar(event)
+            return
+        now = time.monotonic()
+        if event.done >= event.total or now < (self._plain_due or now + _PLAIN_EVERY):
+            self._plain_due = self._plain_due or now + _PLAIN_EVERY
+            return
+        self._plain_due = now + _PLAIN_EVERY
+        rate = event.done / max(now - self._began, 0.001)
+        eta = f", {human_seconds((event.total - event.done) / rate)} to go" if rate else ""
+        self._say(f"{event.work}: {human_bytes(event.done)} of {human_bytes(event.total)}, {human_bytes(rate)}/s{eta}")
+
+    def _move_bar(self, event: Progress) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(binary_units=True),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(event.work, total=event.total)
+        assert self._task is not None
+        self._bar.update(self._task, completed=event.done, total=event.total)
+
+
+def _sentence(event: Event) -> str | None:
+    match event:
+        case Note(message):
+            return message
+        case DiskPlanned(disk, mode, reason, virtual_size):
+            return f"{disk}: {mode} ({reason}), {human_bytes(virtual_size)}"
+        case Frozen(instant, _, paused_ms):
+            pause = f", the domain stood still for {paused_ms:.1f} ms" if paused_ms else ", the domain was not paused"
+            return f"frozen at {instant}{pause}"
+        case _:
+            return None
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as aligned columns, the same on a terminal and in a pipe."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]

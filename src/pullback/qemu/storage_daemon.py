@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""qemu-storage-daemon as a child process: QEMU's block layer without a domain.
+
+If we die, it must not go on holding images: a watcher, two lines of shell that wait on a pipe, ends it then.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pullback.errors import RestoreError, UsageError
+
+PROGRAM = "qemu-storage-daemon"
+
+#: Seconds to come up, and to write out what is left at the end.
+_START, _STOP = 30.0, 300.0
+
+
+def qemu_program(name: str) -> str:
+    """Where one of QEMU's programs is; UsageError, saying what to install, when it is missing."""
+    if path := shutil.which(name):
+        return path
+    raise UsageError(
+        f"{name} is not installed", todo="On Debian it comes with qemu-system-common (storage daemon) and qemu-utils."
+    )
+
+
+class StorageDaemon:
+    """A daemon on images, exporting them; a context manager, blocking.
+
+    ``blockdevs`` are QEMU's ``BlockdevOptions`` and ``exports`` its ``BlockExportOptions`` as JSON values; the NBD
+    server listens on the unix socket ``directory/nbd``.  RestoreError, with QEMU's words, when it does not start or
+    ends badly: then what was written may be incomplete.
+    """
+
+    def __init__(
+        self, blockdevs: Sequence[Mapping[str, Any]], exports: Sequence[Mapping[str, Any]], directory: Path
+    ) -> None:
+        self.socket = str(directory / "nbd")
+        self._pidfile = directory / "pid"
+        self._log = directory / "log"
+        argv = [qemu_program(PROGRAM), "--pidfile", str(self._pidfile)]
+        for blockdev in blockdevs:
+            argv += ["--blockdev", json.dumps(blockdev)]
+        argv += ["--nbd-server", f"addr.type=unix,addr.path={self.socket}"]
+        for export in exports:
+            argv += ["--export", json.dumps(export)]
+        self._argv = argv
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watcher: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        with self._log.open("wb") as log:
+            # A session of its own: a Ctrl-C is for us, and we end it in order.
+            self._process = subprocess.Popen(
+                self._argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        self._watcher = subprocess.Popen(
+            ["/bin/sh", "-c", 'read -r _; kill -9 "$1" 2>/dev/null', "sh", str(self._process.pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + _START
+        while not self._pidfile.exists():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self._end(signal.SIGKILL)
+                raise RestoreError(f"qemu-storage-daemon did not start: {self._said()}")
+            time.sleep(0.005)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        code = self._end(signal.SIGTERM if kind is None else signal.SIGKILL)
+        if kind is None and code != 0:
+            raise RestoreError(f"qemu-storage-daemon ended with {code}: {self._said()}")
+
+    def _end(self, how: signal.Signals) -> int:
+        assert self._process is not None
+        assert self._watcher is not None
+        if self._process.poll() is None:
+            self._process.send_signal(how)
+        try:
+            return self._process.wait(_STOP)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+        finally:
+            self._watcher.kill()
+            self._watcher.communicate()
+
+    def _said(self) -> str:
+        return (
+            self._log.read_text(errors="replace").strip().splitlines()[-1:][0]
+            if self._log.stat().st_size
+            else "no word"
+        )
