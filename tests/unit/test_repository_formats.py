@@ -312,8 +312,16 @@ def test_a_name_that_go_would_not_read_is_refused(stored: str) -> None:
 
 @pytest.mark.parametrize(
     "document",
-    [b"", b"[]", b"{}", b'{"nodes":[{}]}', b'{"nodes":[{"name":"a","type":3}]}', b"[" * 9000, b'{"nodes":7}']
-    + [json.dumps({"nodes": [{"name": "a", "type": "file", "content": ["aa"]}]}).encode()],
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"nodes":[{}]}',
+        b'{"nodes":[{"name":"a","type":3}]}',
+        b"[" * 9000,
+        b'{"nodes":7}',
+        b'{"nodes":[{"name":"a","type":"file","content":["aa"]}]}',
+    ],
 )
 def test_what_is_no_tree_is_refused(document: bytes) -> None:
     with pytest.raises(TreeBroken):

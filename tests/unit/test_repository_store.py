@@ -308,6 +308,6 @@ def test_a_dead_server_gives_a_repository_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
     monkeypatch.setattr("pullback.repository.object_store._TRIES", 0)
     store = open_store("s3:http://127.0.0.1:9/bucket")
-    with pytest.raises(RepositoryError, match="127.0.0.1:9") as caught:
+    with pytest.raises(RepositoryError, match=r"127\.0\.0\.1:9") as caught:
         store.exists(FileKind.CONFIG, "config")
     assert "very-secret" not in str(caught.value)
