@@ -44,6 +44,7 @@ class Session(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._bytes = 0
+        self._early = bytearray()
         self._room = asyncio.Event()
         self._room.set()
         self._timer: asyncio.TimerHandle | None = None
@@ -102,7 +103,19 @@ class Session(asyncio.BufferedProtocol):
     def _negotiate(self, count: int) -> None:
         assert self._transport is not None
         handshake = self._handshake
-        handshake.receive(bytes(self._scratch[:count]))
+        if handshake.starttls:
+            # asyncio hands over what came with the end of the TLS handshake before start_tls() returns.  Nothing
+            # unencrypted gets here: reading was paused before the client was told to begin.
+            self._early += self._scratch[:count]
+            if len(self._early) > p.MAX_OPTION_DATA:
+                raise NbdProtocolError("The NBD client does not wait for replies")
+            return
+        self._listen(bytes(self._scratch[:count]))
+
+    def _listen(self, data: bytes) -> None:
+        assert self._transport is not None
+        handshake = self._handshake
+        handshake.receive(data)
         if handshake.starttls:
             self._transport.pause_reading()  # what comes next belongs to TLS
             self._start(self._encrypt(self._transport))
@@ -127,6 +140,10 @@ class Session(asyncio.BufferedProtocol):
         if encrypted is not None:
             self._transport = encrypted
             self._handshake.tls_started()
+            try:
+                self._listen(bytes(self._early))
+            except NbdProtocolError:
+                self.cut()
 
     # Transmission
 
