@@ -460,3 +460,36 @@ async def test_closing_a_server_lets_go_of_its_clients(tmp_path: Path) -> None:
     with pytest.raises(NbdDisconnected):
         await client.read(0, 1)
     await client.close()
+
+
+async def test_qemu_pushes_a_disk_into_us(served: Served, tmp_path: Path) -> None:
+    """blockdev-backup with our server as its target: the way round for disks that must not be exported."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(served.source.read(0, served.source.size))
+    process = await asyncio.create_subprocess_exec(
+        "qemu-storage-daemon", "--chardev", "stdio,id=m", "--monitor", "chardev=m",
+        "--blockdev", f"driver=file,node-name=disk,filename={disk},discard=unmap",
+        "--blockdev", f"driver=nbd,node-name=target,server.type=unix,server.path={served.address.path},export=target",
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    backup = {"job-id": "j", "device": "disk", "target": "target", "sync": "full"}
+    commands = [{"execute": "qmp_capabilities"}, {"execute": "blockdev-backup", "arguments": backup}]
+    try:
+        async with asyncio.timeout(LIMIT):
+            assert "QMP" in json.loads(await process.stdout.readline())
+            process.stdin.write("".join(json.dumps(command) + "\n" for command in commands).encode())
+            while True:
+                message = json.loads(await process.stdout.readline())
+                assert "error" not in message
+                if message.get("event") == "BLOCK_JOB_COMPLETED":
+                    break
+            assert "error" not in message["data"]
+            process.stdin.write(b'{"execute": "quit"}\n')
+            await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert served.target.read(0, served.source.size) == served.source.read(0, served.source.size)
