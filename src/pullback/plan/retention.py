@@ -18,8 +18,9 @@ def checkpoint_name(repository_id: str, time: datetime, salt: str) -> str:
 def checkpoints_to_remove(points: Iterable[str], repository_id: str, keep: int) -> set[str]:
     """Of a repository's own checkpoints all but the newest ``keep`` (at least one).
 
-    Checkpoints of other repositories and those a user named are never among them.
+    ``points`` are in the chain's order, oldest first; it counts, not the time in a name: clocks are set back, and two
+    backups fit into one second.  Checkpoints of other repositories and those a user named are never among them.
     """
     own = re.compile(re.escape(repository_id[:8]) + _OWN)
-    mine = sorted({point for point in points if own.fullmatch(point)}, key=lambda point: point.split("-")[1])
+    mine = [point for point in points if own.fullmatch(point)]
     return set(mine[: -max(keep, 1)])
