@@ -82,11 +82,15 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """A device together with the node that holds its content, below any filter of ours."""
+    """A device together with the node that holds its content, below any filter of ours.
+
+    ``root`` is the node the device sits on: that same one, or the topmost of our filters.
+    """
 
     target: str
     qdev: str
     device_type: str
+    root: str
     node: str
     driver: str
     virtual_size: int
@@ -132,6 +136,7 @@ class Facts:
             target=device.target,
             qdev=device.qdev,
             device_type=device.type,
+            root=device.root,
             node=node.name,
             driver=node.driver,
             virtual_size=node.virtual_size,

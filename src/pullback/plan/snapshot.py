@@ -7,6 +7,8 @@
             │                           │        ▲
           node                        node       └─file── snapshot-access ◄── NBD export
 
+Another snapshot of the disk may stand already; the new filter then goes on top of its filter.
+
 The order protects the chain: new bitmaps record before the freeze, old ones stop after it.  A filter that cannot save
 old data breaks the snapshot, never the domain's write (``on-cbw-error: break-snapshot``).
 """
@@ -82,7 +84,7 @@ def _add_filter(part: DiskSnapshot) -> Step:
         {
             "driver": "copy-before-write",
             "node-name": part.filter,
-            "file": part.disk.node,
+            "file": part.disk.root,
             "target": part.scratch,
             "on-cbw-error": "break-snapshot",
             "cbw-timeout": CBW_TIMEOUT,
