@@ -56,9 +56,15 @@ def start_recording(disks: Sequence[NodeChain], checkpoint: str) -> Step:
 
 def stop_recording(disks: Sequence[NodeChain]) -> Plan:
     """Stop the bitmaps of the checkpoints before the new one.  After the freeze: what they hold is exact or a hair
-    too large, never too small."""
+    too large, never too small.
+
+    Unusable ones that record are stopped too: of two chains on one disk none could ever be used again.
+    """
     actions = [
-        _on("disable", disk.node, edge.name) for disk in disks for edge in disk.chain.edges if edge.bitmap.recording
+        _on("disable", disk.node, bitmap.name)
+        for disk in disks
+        for bitmap in (*(edge.bitmap for edge in disk.chain.edges), *(bitmap for bitmap, _ in disk.chain.broken))
+        if bitmap.recording and not bitmap.inconsistent
     ]
     return Plan((transaction(actions, "the previous checkpoint stops recording"),)) if actions else Plan()
 
@@ -118,7 +124,8 @@ def remove_checkpoints(disks: Sequence[tuple[NodeChain, Collection[str]]]) -> Pl
     if not actions:
         return Plan()
     names = ", ".join(sorted({point for disk, remove in disks for point in disk.chain.points if point in remove}))
-    return Plan((transaction(actions, f"merge checkpoint {names} away on all disks at once"),))
+    why = f"merge checkpoint {names} away on all disks at once" if names else "what came before the chain is lost"
+    return Plan((transaction(actions, why),))
 
 
 def remove_broken(disks: Sequence[NodeChain]) -> Plan:
