@@ -89,6 +89,8 @@ class _Reader:
             return None
         if not isinstance(value, kind) or isinstance(value, bool):
             raise Damaged(f"{self._where}.{key} of the manifest is not {kind.__name__}")
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise Damaged(f"{self._where}.{key} of the manifest is not Unicode")
         return value
 
     def size(self, key: str) -> int:
@@ -125,6 +127,15 @@ def _read_disk(entry: _Reader) -> DiskEntry:
     )
 
 
+def _read_time(top: _Reader) -> datetime:
+    """In UTC, which a time without a zone is taken for."""
+    try:
+        time = datetime.fromisoformat(top.get("time", str))
+        return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
+    except (ValueError, OverflowError) as error:  # the year 1 in one zone is none in another
+        raise Damaged("the time in the manifest is not a time") from error
+
+
 def parse_manifest(data: bytes) -> Manifest:
     """The manifest in ``data``; Damaged when it is none, RepositoryUnsupported when its format is newer."""
     try:
@@ -137,10 +148,6 @@ def parse_manifest(data: bytes) -> Manifest:
         raise RepositoryUnsupported(
             f"the manifest has format {version}, this pullback knows {FORMAT}", todo="Use a newer pullback."
         )
-    try:
-        time = datetime.fromisoformat(top.get("time", str))
-    except ValueError as error:
-        raise Damaged("the time in the manifest is not a time") from error
     consistency = top.get("consistency", str)
     if consistency not in ("crash", "frozen"):
         raise Damaged(f"the manifest says consistency {consistency!r}")
@@ -150,7 +157,7 @@ def parse_manifest(data: bytes) -> Manifest:
     return Manifest(
         domain=top.get("domain", str),
         uuid=top.get("uuid", str),
-        time=time if time.tzinfo else time.replace(tzinfo=UTC),
+        time=_read_time(top),
         consistency=consistency,
         qemu=top.get("qemu", str),
         pullback=top.get("pullback", str),
