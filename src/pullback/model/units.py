@@ -39,15 +39,15 @@ def human_bytes(count: float) -> str:
         return f"{count:.0f} B"
     for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
         count /= KIB
-        if count < 1000 or unit == "PiB":
+        if count < 999.5 or unit == "PiB":
             break
-    digits = 2 if count < 10 else 1 if count < 100 else 0
+    digits = 2 if count < 9.995 else 1 if count < 99.95 else 0
     return f"{count:.{digits}f} {unit}"
 
 
 def human_seconds(seconds: float) -> str:
     """A duration for people: ``4.2 s``, ``3 min 5 s``, ``2 h 10 min``."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

@@ -70,7 +70,7 @@ def choose_bases(
         if not chains[disk.target].edges:
             broken = chains[disk.target].broken
             why[disk.target] = f"its checkpoints cannot be used: {broken[-1][1]}" if broken else ""
-    for point in points:
+    for point in points if looking else ():
         for target, disk in list(looking.items()):
             entry = point.manifest.disk(target)
             if entry is None:
