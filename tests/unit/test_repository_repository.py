@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from pullback.repository.documents import save_document
 from pullback.repository.index import encode_index
 from pullback.repository.layout import BackupBuilder, StoredBackup
 from pullback.repository.local_store import LocalStore
+from pullback.repository.pack import parse_pack
 from pullback.repository.repository import Repository
 from pullback.repository.snapshots import Snapshot
 from pullback.repository.store import Bytes, FileKind
@@ -322,6 +324,22 @@ def test_a_second_copy_of_a_blob_is_used_when_the_first_is_broken(place: Path, r
 
 def _pack(path: Path) -> PackId:
     return PackId(bytes.fromhex(path.name))
+
+
+def test_a_blob_that_is_another_is_damage(place: Path, repository: Repository) -> None:
+    """An index with two entries mixed up: every MAC is right, and the bytes are wrong."""
+    with repository.new_writer() as writer:
+        one, two = (writer.add(BlobKind.DATA, os.urandom(1000)) for _ in range(2))
+    (path,) = files(place, FileKind.DATA)
+    blobs = parse_pack(path.read_bytes(), repository._key)
+    swapped = [replace(blobs[0], id=blobs[1].id), replace(blobs[1], id=blobs[0].id)]
+    save_document(repository.store, repository._key, 2, FileKind.INDEX, encode_index({_pack(path): swapped}))
+    again = open_repository(place)
+    for blob in (one, two):
+        with pytest.raises(Damaged, match=f"{path.name}.*{blob.hex()}.*SHA-256"):
+            again.load_blob(BlobKind.DATA, blob)
+        with pytest.raises(Damaged):
+            list(again.load_blobs_of_pack(_pack(path), [blob]))
 
 
 def test_an_unknown_blob_is_damage(repository: Repository) -> None:
