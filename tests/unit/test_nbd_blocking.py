@@ -226,6 +226,28 @@ def test_goodbye(tmp_path: Path) -> None:
     assert seen == [bytes.fromhex("25609513") + pack(">HHQQI", 0, 2, 0, 0, 0)]
 
 
+def test_an_interrupted_write_is_not_followed_by_a_goodbye(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server would take it for the end of the payload."""
+    seen: list[bytes] = []
+
+    def script(sock: socket.socket) -> None:
+        while data := sock.recv(MIB):
+            seen.append(data)
+
+    with server(tmp_path, script) as address:
+        connection = NbdConnection.connect(address, "x", timeout=10)
+
+        def interrupt() -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(connection, "_make_room", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            while True:
+                connection.submit_write(0, b"w" * 8 * MIB)
+        connection.close()
+    assert not b"".join(seen).endswith(bytes.fromhex("25609513") + pack(">HHQQI", 0, 2, 0, 0, 0))
+
+
 def test_nobody_there(tmp_path: Path) -> None:
     with pytest.raises(NbdDisconnected, match=r"Nothing answers.*No such file"):
         NbdConnection.connect(UnixAddress(str(tmp_path / "none")), "")

@@ -48,6 +48,7 @@ class NbdConnection:
         self._finished: deque[Completed] = deque()
         self._failure: NbdProtocolError | NbdDisconnected | None = None
         self._closed = False
+        self._sending = False
 
     @classmethod
     def connect(
@@ -195,7 +196,7 @@ class NbdConnection:
             return
         self._closed = True
         try:
-            if self._failure is None:
+            if self._failure is None and not self._sending:  # a goodbye inside of a payload would be written to disk
                 self._stream.try_send([memoryview(self._codec.disconnect())])
         except OSError:
             pass  # the peer was faster
@@ -228,6 +229,7 @@ class NbdConnection:
     def _submit(self, request: tuple[int, bytes], payload: memoryview | None = None) -> int:
         self._check_open()
         cookie, header = request
+        self._sending = True  # and it stays so if an interrupt gets us in the middle
         views = [memoryview(header)] if payload is None else [memoryview(header), payload]
         try:
             while views:
@@ -237,6 +239,7 @@ class NbdConnection:
                     self._make_room()
         except (OSError, NbdProtocolError) as error:
             raise self._fail(error) from error
+        self._sending = False
         return cookie
 
     def _make_room(self) -> None:

@@ -48,7 +48,7 @@ class ClientLink(asyncio.BufferedProtocol):
 
     def close(self, grace: float) -> None:
         """Close once everything queued is sent, or after ``grace`` seconds."""
-        if self._transport is not None:
+        if self._transport is not None and not self.closed.is_set():
             self._transport.close()
             timer = asyncio.get_running_loop().call_later(grace, self.abort)
             self._lost = lambda _: timer.cancel()
