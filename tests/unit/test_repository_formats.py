@@ -421,3 +421,17 @@ def test_polynomials() -> None:
     assert is_irreducible(random_polynomial())
     with pytest.raises(ValueError, match="degree"):
         is_irreducible(0b111)
+
+
+def test_the_bytes_of_a_pack_cannot_be_mistaken_for_the_next_one() -> None:
+    builder = PackBuilder(Key.generate(), BlobKind.DATA)
+    builder.add(ONE, b"one", None)
+    pack = builder.finish()
+    assert pack is not None
+    assert blob_id(pack.content) == pack.id
+    builder.add(TWO, b"two", None)
+    with pytest.raises(ValueError, match="released"):
+        bytes(pack.content)
+    second = builder.finish()
+    assert second is not None
+    assert blob_id(second.content) == second.id

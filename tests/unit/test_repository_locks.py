@@ -262,6 +262,24 @@ def test_a_lock_that_cannot_be_refreshed_is_lost_in_time(
             lock.check()
 
 
+def test_a_lock_that_slept_too_long_is_lost_even_if_it_could_be_refreshed(repository: Repository) -> None:
+    with holder(repository) as lock:
+        # Between our two lines the lock may be refreshed, which sets the time anew: so again until it sticks.
+        def lost() -> bool:
+            lock._confirmed -= 31 * 60
+            threading.Event().wait(0.02)
+            try:
+                lock.check()
+            except RepositoryLocked as error:
+                return "not refreshed in time" in str(error)
+            return False
+
+        wait_until(lost)
+        before = names(repository)
+        threading.Event().wait(0.05)
+        assert names(repository) == before
+
+
 def test_release_is_prompt(repository: Repository) -> None:
     lock = repository.lock()
     lock.acquire()

@@ -7,7 +7,6 @@ import json
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -332,7 +331,7 @@ def test_a_blob_that_is_another_is_damage(place: Path, repository: Repository) -
         one, two = (writer.add(BlobKind.DATA, os.urandom(1000)) for _ in range(2))
     (path,) = files(place, FileKind.DATA)
     blobs = parse_pack(path.read_bytes(), repository._key)
-    swapped = [replace(blobs[0], id=blobs[1].id), replace(blobs[1], id=blobs[0].id)]
+    swapped = [blobs[0]._replace(id=blobs[1].id), blobs[1]._replace(id=blobs[0].id)]
     save_document(repository.store, repository._key, 2, FileKind.INDEX, encode_index({_pack(path): swapped}))
     again = open_repository(place)
     for blob in (one, two):

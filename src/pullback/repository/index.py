@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which pack holds which blob: in memory, and as index files (restic's "Indexing").
 
-In memory a blob costs about 65 bytes (measured: test_repository_index.py): its id and four numbers in flat arrays,
-found by a hash table of slots.  A dictionary would take more than 200.  SHA-256 is its own hash function.
+In memory a blob costs 54 to 60 bytes (measured: 56 of a million): its id and four numbers in flat arrays, found by
+a hash table of slots.  A dictionary would take more than 200.  SHA-256 is its own hash function.
 
     slots     u32, a power of two of them, at most 2/3 used      id[0:8] picks the first to look at, 0 is free
     ids       32 bytes per entry
@@ -12,6 +12,7 @@ found by a hash table of slots.  A dictionary would take more than 200.  SHA-256
 from __future__ import annotations
 
 import json
+import struct
 import threading
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +26,7 @@ from pullback.repository.pack import PackedBlob
 MAX_INDEX_BLOBS = 50_000
 
 _COMPRESSED = 1 << 31
+_first_slot = struct.Struct("<Q").unpack_from
 _KINDS = {"data": BlobKind.DATA, "tree": BlobKind.TREE}
 
 
@@ -47,33 +49,38 @@ class _Table:
         """Entry numbers of a blob, oldest first."""
         slots, ids = self.slots, self.ids
         mask = len(slots) - 1
-        slot = int.from_bytes(blob[:8], "little") & mask
+        slot = _first_slot(blob)[0] & mask
         while entry := slots[slot]:
             if ids.startswith(blob, (entry - 1) * 32):
                 yield entry - 1
             slot = (slot + 1) & mask
 
-    def insert(self, blob: bytes, pack: int, offset: int, length: int, plain: int) -> None:
-        # The slot is written last: a reader in another thread sees the entry whole or not at all.
+    def insert(self, pack: int, blobs: list[PackedBlob]) -> None:
+        """Enter blobs of the pack with this number; written for speed: an index of 1 TiB has 4 million."""
         count = len(self.ids) // 32
-        if count * 3 >= len(self.slots) * 2:
-            self._grow()
-        self.ids += blob
-        self.numbers.extend((pack, offset, length, plain))
-        self._claim(self.slots, blob, count + 1)
+        if (count + len(blobs)) * 3 > len(self.slots) * 2:
+            self._grow(count + len(blobs))
+        slots, mask, ids, numbers = self.slots, len(self.slots) - 1, self.ids, self.numbers
+        for blob, _, offset, length, plain in blobs:
+            # The slot is written last: a reader in another thread sees the entry whole or not at all.
+            ids += blob
+            numbers.extend((pack, offset, length, length - OVERHEAD if plain is None else plain | _COMPRESSED))
+            count += 1
+            slot = _first_slot(blob)[0] & mask
+            while slots[slot]:
+                slot = (slot + 1) & mask
+            slots[slot] = count
 
-    @staticmethod
-    def _claim(slots: array[int], blob: bytes | bytearray, entry: int) -> None:
-        mask = len(slots) - 1
-        slot = int.from_bytes(blob[:8], "little") & mask
-        while slots[slot]:
-            slot = (slot + 1) & mask
-        slots[slot] = entry
-
-    def _grow(self) -> None:
-        slots = array("I", bytes(4 * 2 * len(self.slots)))
-        for position in range(0, len(self.ids), 32):
-            self._claim(slots, self.ids[position : position + 8], position // 32 + 1)
+    def _grow(self, count: int) -> None:
+        size = len(self.slots)
+        while count * 3 > size * 2:
+            size *= 2
+        slots, mask = array("I", bytes(4 * size)), size - 1
+        for entry, (first,) in enumerate(struct.iter_unpack("<Q24x", self.ids), 1):
+            slot = first & mask
+            while slots[slot]:
+                slot = (slot + 1) & mask
+            slots[slot] = entry
         self.slots = slots
 
 
@@ -117,13 +124,13 @@ class Index:
             known = number < len(self._packs)
             if not known:
                 self._packs.append(pack)
-            for blob in blobs:
-                if known and any(place.pack_id == pack for place in self.lookup_all(blob.kind, blob.id)):
-                    continue
-                plain = blob.uncompressed_length
-                size = blob.length - OVERHEAD if plain is None else plain | _COMPRESSED
-                self._tables[blob.kind].insert(blob.id, number, blob.offset, blob.length, size)
+            new = [blob for blob in blobs if not (known and self._has_in(pack, blob))]
+            for kind, table in self._tables.items():
+                table.insert(number, [blob for blob in new if blob.kind is kind])
             self._pack_numbers[pack] = number
+
+    def _has_in(self, pack: PackId, blob: PackedBlob) -> bool:
+        return any(place.pack_id == pack for place in self.lookup_all(blob.kind, blob.id))
 
     def lookup(self, kind: BlobKind, blob: BlobId) -> BlobLocation | None:
         """Where a blob lies (one of the places), None if unknown."""

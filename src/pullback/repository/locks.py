@@ -127,6 +127,11 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def _now() -> float:
+    # Goes on while the computer sleeps, as the clocks of others do; time.monotonic() does not.
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class RepositoryLock:
     """A lock on a repository; use it as a context manager, or call acquire and release.
 
@@ -215,7 +220,7 @@ class RepositoryLock:
             if not settled:
                 self._store.remove(FileKind.LOCKS, name)
         if settled:
-            self._name, self._confirmed = name, time.monotonic()
+            self._name, self._confirmed = name, _now()
         return other
 
     def _write(self) -> str:
@@ -249,25 +254,30 @@ class RepositoryLock:
             except RepositoryError as error:
                 # Try again soon; check() tells when it has been too long.
                 pause = min(self._refresh_every, 10.0)
-                if time.monotonic() - self._confirmed > LOST_AFTER:
+                if _now() - self._confirmed > LOST_AFTER:
                     self._lost = f"it could not be refreshed ({error.what})"
 
     def _refresh(self) -> None:
         old = self._name
-        if old is None or self._lost:
+        if old is None or self._lost or self._lapsed():
             return
         if not self._store.exists(FileKind.LOCKS, old):
             self._lost = "another program removed it"
             return
         # The new one first: at no time is there none.
         self._name = self._write()
-        self._confirmed = time.monotonic()
+        self._confirmed = _now()
         self._store.remove(FileKind.LOCKS, old)
+
+    def _lapsed(self) -> bool:
+        """Whether others could take the lock for stale: refreshing it then would hide what they did meanwhile."""
+        if self._lost is None and self.held and _now() - self._confirmed > STALE_AFTER.total_seconds():
+            self._lost = "it was not refreshed in time"
+        return self._lost is not None
 
     def check(self) -> None:
         """Raise RepositoryLocked if the lock was lost: others may have deleted what we rely on."""
-        if self._lost is None and self.held and time.monotonic() - self._confirmed > STALE_AFTER.total_seconds():
-            self._lost = "it was not refreshed in time"
+        self._lapsed()
         if self._lost is not None:
             raise RepositoryLocked(
                 f"The lock on the repository {self._store.location} was lost: {self._lost}",

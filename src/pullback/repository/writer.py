@@ -173,6 +173,7 @@ class PackWriter:
         pack = self._builders[kind].finish()
         if pack is None:
             return
+        size = pack.content.nbytes
         saved = False
         try:
             self._store.save(FileKind.DATA, pack.id.hex(), pack.content)
@@ -180,5 +181,5 @@ class PackWriter:
         finally:
             if not saved:
                 self._pending.abandon([(one.kind, one.id) for one in pack.blobs])
-        self.bytes_stored += pack.content.nbytes
+        self.bytes_stored += size
         self._pending.stored(pack)
