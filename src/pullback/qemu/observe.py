@@ -57,13 +57,17 @@ def _children(graph: _Json) -> dict[str, dict[str, str]]:
 def target_name(qdev: str, device: str, node: str) -> str:
     """What a disk is called: its device's id, else its drive's id, else its node's name.
 
-    It must be the same at every start of the domain, since it names the disk in the repository.  QOM paths of devices
-    with an id are ``/machine/peripheral/ID/…``.
+    It must be the same at every start of the domain, since it names the disk in the repository.
     """
     parts = qdev.split("/")
     if len(parts) > 3 and parts[2] == "peripheral":
         return parts[3]
     return device or (node if not node.startswith("#") else "") or qdev.strip("/").replace("/", "-")
+
+
+def _qdev_path(qdev: str) -> str:
+    """The QOM path of what ``query-block`` calls a device: a path already, or an id alone (scsi-hd, ide-hd)."""
+    return f"/machine/peripheral/{qdev}" if qdev and not qdev.startswith("/") else qdev
 
 
 async def _qom(monitor: Monitor, path: str, name: str) -> str | None:
@@ -91,7 +95,7 @@ async def _devices(monitor: Monitor) -> tuple[Device, ...]:
     threads = await monitor.execute("query-iothreads")
     devices: list[Device] = []
     for entry in await monitor.execute("query-block"):
-        qdev = entry.get("qdev", "")
+        qdev = _qdev_path(entry.get("qdev", ""))
         root = entry.get("inserted", {}).get("node-name", "")
         target = target_name(qdev, entry["device"], root)
         while any(other.target == target for other in devices):
