@@ -79,7 +79,7 @@ def backup(
     config: opt.ConfigFile = None,
     json: opt.Json = False,
 ) -> None:
-    """Back up a running domain: what changed since its last backup here, or everything."""
+    """Back up a running domain: what changed, or all of it."""
     settings = opt.load_config(config)
     found = find_domain(domain, settings)
     opener = repository_opener(opt.repository_options(repo, password_file, password_command, settings))
@@ -136,7 +136,7 @@ def _backup_lines(result: BackupResult) -> list[str]:
 
 def list_backups(
     domain: Annotated[
-        str | None, typer.Argument(metavar="[DOMAIN]", help="Only backups of this domain (its name in the repository)")
+        str | None, typer.Argument(metavar="DOMAIN", help="Only backups of this domain (its name in the repository)")
     ] = None,
     repo: opt.Repo = None,
     password_file: opt.PasswordFile = None,
@@ -200,9 +200,9 @@ def restore(
     json: opt.Json = False,
 ) -> None:
     """Restore a backup to new images, DIR/DISK.qcow2."""
-    opener = repository_opener(opt.repository_options(repo, password_file, password_command, opt.load_config(config)))
     if image_format not in ("qcow2", "raw"):
         raise UsageError(f"{image_format!r} is no format of images", todo="Use qcow2 or raw.")
+    opener = repository_opener(opt.repository_options(repo, password_file, password_command, opt.load_config(config)))
     from pullback.engine.restore import Restore, RestoreRequest
 
     request = RestoreRequest(backup_id, to, tuple(disk or ()), "raw" if image_format == "raw" else "qcow2", lock_retry)

@@ -49,4 +49,8 @@ async def _run(work: Coroutine[Any, Any, T], stop: Callable[[], None] | None) ->
             loop.remove_signal_handler(number)
     if hit and (task.cancelled() or task.exception() is not None):
         raise Interrupted
-    return task.result()
+    try:
+        return task.result()
+    except BrokenPipeError as error:
+        # Not our output, which never raises this: it must not be taken for a reader who has enough.
+        raise RuntimeError("a pipe between pullback's own parts broke") from error

@@ -5,20 +5,24 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
 import pullback
 from pullback.cli import backups
 from pullback.cli.interrupts import EXIT_INTERRUPTED, Interrupted
-from pullback.cli.reporter import Reporter
-from pullback.errors import PullbackError
+from pullback.cli.reporter import Reporter, silence
+from pullback.errors import PullbackError, UsageError
+
+#: What typer raises for a wrong command line.  It gives out only this one of its subclasses, and the package that
+#: defines it differs between the versions we take.
+_WrongCommandLine: type[Exception] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     name="pullback",
     help="Pull-mode incremental backup for QEMU virtual machines, into restic repositories.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -31,41 +35,61 @@ app.command("restore")(backups.restore)
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"pullback {pullback.__version__}")
+        print(f"pullback {pullback.__version__}", flush=True)
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version")
     ] = False,
 ) -> None:
     """Take part in every command."""
+    if context.invoked_subcommand is None:
+        raise UsageError("no command was given", todo="See pullback --help.")
+
+
+def _run(arguments: Sequence[str]) -> None:
+    """Carry out a command line.  typer's own way to do so prints errors and ends the process itself."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("pullback", list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit:
+        return
+    except _WrongCommandLine as error:
+        raise _usage_error(error) from error
+
+
+def _usage_error(error: Any) -> UsageError:
+    where = error.ctx.command_path if error.ctx is not None else "pullback"
+    return UsageError(" ".join(error.format_message().split()).rstrip("."), todo=f"See {where} --help.")
 
 
 def main() -> None:
     """Run the command line; ends the process with a documented exit code, never with a traceback."""
-    json_wanted = "--json" in sys.argv
+    reporter = Reporter("--json" in sys.argv)
     try:
-        app()
+        _run(sys.argv[1:])
     except PullbackError as error:
-        Reporter(json_wanted).error(error)
+        reporter.error(str(error), error.exit_code)
         sys.exit(error.exit_code)
-    except (Interrupted, KeyboardInterrupt):
-        print("pullback: interrupted; what was begun was taken back", file=sys.stderr)
+    except (Interrupted, KeyboardInterrupt, EOFError):
+        reporter.error("interrupted; what was begun was taken back.", EXIT_INTERRUPTED)
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read our output has enough; Python would complain once more at the final flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read the help has enough of it.  What a command prints goes through the Reporter, which knows.
+        silence(sys.stdout)
         sys.exit(0)
     except Exception as error:
         if os.environ.get("PULLBACK_TRACEBACK"):
             raise
-        print(
-            f"pullback: a defect of pullback: {type(error).__name__}: {error}. No backup or image was completed."
+        reporter.error(
+            f"a defect of pullback: {type(error).__name__}: {error}. Every backup that pullback list shows is whole."
             " Run it again with PULLBACK_TRACEBACK=1 to see where, and report it.",
-            file=sys.stderr,
+            1,
         )
         sys.exit(1)
 

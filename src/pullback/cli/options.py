@@ -16,9 +16,7 @@ Repo = Annotated[
 ]
 PasswordFile = Annotated[
     str | None,
-    typer.Option(
-        "--password-file", "-p", metavar="FILE", help="A file whose first line is its password [RESTIC_PASSWORD_FILE]"
-    ),
+    typer.Option("--password-file", "-p", metavar="FILE", help="A file that holds its password [RESTIC_PASSWORD_FILE]"),
 ]
 PasswordCommand = Annotated[
     str | None,

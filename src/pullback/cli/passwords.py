@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,35 +26,38 @@ class RepositoryOptions:
     location: str | None = None
     password_file: str | None = None
     password_command: str | None = None
+    password: str | None = field(default=None, repr=False)
 
     def or_else(self, other: RepositoryOptions) -> RepositoryOptions:
         """These, and where they say nothing what ``other`` says."""
-        password_given = self.password_file or self.password_command
+        password = self if self.password_file or self.password_command or self.password else other
         return RepositoryOptions(
-            self.location or other.location,
-            self.password_file if password_given else other.password_file,
-            self.password_command if password_given else other.password_command,
+            self.location or other.location, password.password_file, password.password_command, password.password
         )
 
 
 def from_environment() -> RepositoryOptions:
-    """RESTIC_REPOSITORY (or _FILE), RESTIC_PASSWORD_FILE and RESTIC_PASSWORD_COMMAND."""
+    """RESTIC_REPOSITORY (or _FILE), RESTIC_PASSWORD_FILE, RESTIC_PASSWORD_COMMAND and RESTIC_PASSWORD."""
     location = os.environ.get("RESTIC_REPOSITORY")
     if not location and (file := os.environ.get("RESTIC_REPOSITORY_FILE")):
-        location = _first_line(file, "repository")
+        location = _content(file, "repository")
     return RepositoryOptions(
-        location, os.environ.get("RESTIC_PASSWORD_FILE"), os.environ.get("RESTIC_PASSWORD_COMMAND")
+        location,
+        os.environ.get("RESTIC_PASSWORD_FILE"),
+        os.environ.get("RESTIC_PASSWORD_COMMAND"),
+        os.environ.get("RESTIC_PASSWORD"),
     )
 
 
-def _first_line(path: str, what: str) -> str:
+def _content(path: str, what: str) -> str:
+    """What a file holds, without white space around it: restic reads these files so."""
     try:
-        lines = Path(path).read_text().splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the {what} file {path}: {getattr(error, 'strerror', None) or error}") from error
-    if not lines:
+    if not text:
         raise UsageError(f"the {what} file {path} is empty")
-    return lines[0].strip("\r")
+    return text
 
 
 def _from_command(command: str) -> str:
@@ -64,7 +67,9 @@ def _from_command(command: str) -> str:
         raise UsageError(f"cannot run the password command: {error}") from error
     if done.returncode != 0:
         raise UsageError(f"the password command ended with exit code {done.returncode}")
-    return done.stdout.splitlines()[0] if done.stdout else ""
+    if not (password := done.stdout.strip()):
+        raise UsageError("the password command printed nothing")
+    return password
 
 
 def _ask(confirm: bool) -> str:
@@ -80,23 +85,28 @@ def _ask(confirm: bool) -> str:
 
 
 def read_password(options: RepositoryOptions, confirm: bool = False) -> str:
-    """The password, from where the options, the environment or the person at the terminal say.
+    """The password, from where the options say or from the person at the terminal.
 
     ``confirm`` asks twice.  UsageError when there is none to be had.
     """
     if options.password_file:
-        return _first_line(options.password_file, "password")
+        return _content(options.password_file, "password")
     if options.password_command:
         return _from_command(options.password_command)
-    password = os.environ.get("RESTIC_PASSWORD")
-    return password if password is not None else _ask(confirm)
+    return options.password or _ask(confirm)
 
 
 def repository_opener(options: RepositoryOptions) -> Callable[[], Repository]:
-    """A function that opens the repository; location and password are settled now, so questions come first."""
+    """A function that opens the repository; location and password are settled now, so questions come first.
+
+    To be called in the main thread: from here on this process may hold a lock of the repository.
+    """
     if not options.location:
         raise UsageError("no repository was named", todo="Use --repo, or set RESTIC_REPOSITORY.")
     location, password = options.location, read_password(options)
+    from pullback.repository.locks import survive_restic_probe
+
+    survive_restic_probe()
 
     def open_it() -> Repository:
         from pullback.repository.repository import Repository

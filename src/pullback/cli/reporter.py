@@ -3,17 +3,20 @@
 
 Results go to standard output; progress and notes to standard error, so that a pipe gets only what was asked for.  With
 ``--json`` everything, errors too, is JSON lines on standard output.
+
+A reader that has gone away ends nothing: the work goes on unheard, and the exit code says how it ended.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pullback.engine.events import DiskPlanned, Event, Frozen, Note, Progress
 from pullback.errors import PullbackError
@@ -45,7 +48,8 @@ class Reporter:
             yield self
         finally:
             if self._bar is not None:
-                self._bar.stop()
+                with suppress(OSError):
+                    self._bar.stop()
                 self._bar = None
 
     def emit(self, event: Event) -> None:
@@ -60,27 +64,30 @@ class Reporter:
 
     def result(self, value: dict[str, Any]) -> None:
         """Print a JSON object on a line of its own."""
-        print(json.dumps(value, ensure_ascii=False), flush=True)
+        _print_result(json.dumps(value, ensure_ascii=False))
 
     def answer(self, value: dict[str, Any], lines: Sequence[str]) -> None:
         """Print what was asked for: the object with ``--json``, else the lines."""
         if self._json:
             self.result(value)
         else:
-            print("\n".join(lines), flush=True)
+            _print_result("\n".join(lines))
 
-    def error(self, error: PullbackError) -> None:
+    def error(self, message: str, exit_code: int) -> None:
         """Tell why it failed."""
         if self._json:
-            self.result({"event": "error", "message": str(error), "exit_code": error.exit_code})
+            self.result({"event": "error", "message": message, "exit_code": exit_code})
         else:
-            self._say(f"pullback: {error}")
+            self._say(f"pullback: {message}")
 
     def _say(self, line: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        try:
+            if self._bar is not None:
+                self._bar.console.print(line, markup=False, highlight=False)
+            else:
+                print(line, file=sys.stderr, flush=True)
+        except OSError:  # a closed pipe, or a terminal that is gone
+            silence(sys.stderr)
 
     def _progress(self, event: Progress) -> None:
         if sys.stderr.isatty():
@@ -113,6 +120,23 @@ class Reporter:
             self._task = self._bar.add_task(event.work, total=event.total)
         assert self._task is not None
         self._bar.update(self._task, completed=event.done, total=event.total)
+
+
+def silence(stream: TextIO) -> None:
+    """Let what is printed to ``stream`` from here on go nowhere; Python would complain once more at its final flush."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _print_result(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        silence(sys.stdout)
+    except OSError as error:
+        silence(sys.stdout)
+        raise PullbackError(f"cannot write to standard output: {error.strerror}") from error
 
 
 def _sentence(event: Event) -> str | None:
