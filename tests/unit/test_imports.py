@@ -171,10 +171,8 @@ def test_module_is_short_and_has_its_licence(module: Module):
 
 @pytest.mark.parametrize("place", ["tests", "lab", "demo", "scripts"])
 def test_everything_else_has_its_licence_too(place: str):
-    without = []
-    for path in sorted((ROOT / place).rglob("*.py")):
-        if not path.read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n"):
-            without.append(str(path.relative_to(ROOT)))
+    first = "# SPDX-License-Identifier: Apache-2.0\n"
+    without = [path.name for path in sorted((ROOT / place).rglob("*.py")) if not path.read_text().startswith(first)]
     assert not without
 
 
