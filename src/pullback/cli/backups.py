@@ -157,12 +157,15 @@ def list_backups(
         {
             "event": "backups",
             "backups": [
-                {"id": one.id, **(_manifest_json(one.manifest) if one.manifest else {"damaged": one.damage})}
-                for one in found
+                {"id": one.id, **(_manifest_json(one.manifest) if one.manifest else _damaged_json(one))} for one in found
             ],
         },
         lines,
     )
+
+
+def _damaged_json(one: ListedBackup) -> dict[str, Any]:
+    return {"domain": one.domain, "time": one.time.isoformat(), "damaged": one.damage}
 
 
 def _row(one: ListedBackup) -> tuple[str, ...]:
