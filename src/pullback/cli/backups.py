@@ -157,7 +157,8 @@ def list_backups(
         {
             "event": "backups",
             "backups": [
-                {"id": one.id, **(_manifest_json(one.manifest) if one.manifest else _damaged_json(one))} for one in found
+                {"id": one.id, **(_manifest_json(one.manifest) if one.manifest else _damaged_json(one))}
+                for one in found
             ],
         },
         lines,

@@ -98,28 +98,33 @@ class Reporter:
             self._plain_due = self._plain_due or now + _PLAIN_EVERY
             return
         self._plain_due = now + _PLAIN_EVERY
-        rate = event.done / max(now - self._began, 0.001)
+        rate = self._rate(event)
         eta = f", {human_seconds((event.total - event.done) / rate)} to go" if rate else ""
         self._say(f"{event.work}: {human_bytes(event.done)} of {human_bytes(event.total)}, {human_bytes(rate)}/s{eta}")
 
     def _move_bar(self, event: Progress) -> None:
         if self._bar is None:
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 DownloadColumn(binary_units=True),
-                TransferSpeedColumn(),
+                TextColumn("{task.fields[rate]}"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
             self._bar.start()
-            self._task = self._bar.add_task(event.work, total=event.total)
+            self._task = self._bar.add_task(event.work, total=event.total, rate="")
         assert self._task is not None
-        self._bar.update(self._task, completed=event.done, total=event.total)
+        rate = f"{human_bytes(self._rate(event))}/s"
+        self._bar.update(self._task, completed=event.done, total=event.total, rate=rate)
+
+    def _rate(self, event: Progress) -> float:
+        """Bytes per second since the work began."""
+        return event.done / max(time.monotonic() - self._began, 0.001)
 
 
 def silence(stream: TextIO) -> None:
