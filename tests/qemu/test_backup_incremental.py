@@ -11,6 +11,7 @@ import pytest
 
 from lab.qemu import BareQemu
 from pullback.engine.events import DiskPlanned, Event, Frozen
+from pullback.nbd.blocking import NbdConnection
 from tests.support.product import KIB, MIB, Stage, chain, leftovers, reference, references, same
 
 Start = Callable[..., BareQemu]
@@ -210,3 +211,28 @@ def test_a_disk_larger_than_a_segment(lab_dir: Path, bare_qemu: Start) -> None:
     second = stage.backup(qemu)
     assert second.bytes_read == 256 * KIB
     assert stage.contents(second.id)["vda"] == reference(qemu)
+
+
+def test_no_read_crosses_a_saved_unit_on_an_old_qemu(
+    lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU before 8.0 answers a read that begins in saved data and ends beyond it with new data."""
+    asked: list[tuple[int, int]] = []
+    submit = NbdConnection.submit_read
+
+    def recorded(self: NbdConnection, offset: int, buffer: memoryview) -> int:
+        asked.append((offset, len(buffer)))
+        return submit(self, offset, buffer)
+
+    monkeypatch.setattr(NbdConnection, "submit_read", recorded)
+    stage = Stage(lab_dir)
+    qemu = bare_qemu([stage.disk("vda", ODD)])
+    qemu.device_write("vda", 0, 3 * MIB, 0xB1)
+    qemu.device_write("vda", ODD - 512, 512, 0xB2)
+    stage.backup(qemu)
+    old = qemu.qmp("query-version")["qemu"]["major"] < 8
+    crossing = [
+        (offset, length) for offset, length in asked if offset // (64 * KIB) != (offset + length - 1) // (64 * KIB)
+    ]
+    assert asked
+    assert (crossing == []) == old

@@ -210,6 +210,8 @@ class _Work:
 
     def run(self) -> None:
         """Survey all disks, then read and store them; only the writers are still open afterwards."""
+        # What a full backup reads may be in the repository already; only the index tells.
+        self._repository.load_index()
         surveys = [self._survey(disk) for disk in self._prepared.selection.disks]
         self.total = sum(one.to_read for one in surveys)
         count = self._request.threads or os.cpu_count() or 1
@@ -229,7 +231,8 @@ class _Work:
     def _survey(self, disk: Disk) -> Survey:
         base = self._prepared.bases[disk.target]
         stored = (self._stored[base.backup], base.checkpoint) if isinstance(base, Incremental) else None
-        return survey(UnixAddress(self._export.socket), disk.target, disk.virtual_size, stored, let_go=True)
+        address = UnixAddress(self._export.socket)
+        return survey(address, disk.target, disk.virtual_size, stored, let_go=True, exact=self._export.exact)
 
     def _describe(self, pull: Pull) -> Manifest:
         entries = []

@@ -25,6 +25,7 @@ from pullback.plan.checkpoint import NodeChain, remove_broken, remove_checkpoint
 from pullback.plan.cleanup import PRIVATE, remove_snapshots, stale_snapshots
 from pullback.plan.selection import refuse_unsafe
 from pullback.plan.snapshot import (
+    FROZEN_VIEW_EXACT,
     DiskSnapshot,
     ExportPart,
     disown_server,
@@ -60,10 +61,15 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """Frozen disks, offered on the unix socket ``socket``; the export of a disk has its target's name."""
+    """Frozen disks, offered on the unix socket ``socket``; the export of a disk has its target's name.
+
+    Where it is not ``exact`` (a QEMU older than 8.0), a read must not cross a multiple of 64 KiB, and what block status
+    calls zero may be data that the export ``saved_name(target)`` holds.
+    """
 
     snapshot: Snapshot
     socket: str
+    exact: bool
 
 
 class Domain:
@@ -162,8 +168,9 @@ class Domain:
         items = [ExportPart(part, tuple(x for x in [since.get(part.disk.target)] if x)) for part in snapshot.parts]
         with work_directory(DEFAULT_BASE, self._peer) as place:
             socket = str(place / "nbd")
+            exact = self._monitor.version >= FROZEN_VIEW_EXACT
             try:
-                await run_plan(self._monitor, start_export(items, socket, writable))
+                await run_plan(self._monitor, start_export(items, socket, writable, saved=not exact))
             except CommandFailed as error:
                 if error.command == "nbd-server-start":
                     await run_plan(self._monitor, disown_server(snapshot.parts[0]))
@@ -173,7 +180,7 @@ class Domain:
                         todo="Wait until that program has ended, or stop its export.",
                     ) from error
                 raise
-            yield Export(snapshot, socket)
+            yield Export(snapshot, socket, exact)
 
     async def remove_checkpoints(self, names: Collection[str]) -> None:
         """Merge checkpoints away, on all disks in one transaction; ones that are not there are ignored."""

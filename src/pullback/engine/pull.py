@@ -40,14 +40,15 @@ _ZEROES = bytes(CHUNK)
 class DiskSource:
     """A frozen disk to read: its export, what to build, and what clean segments hold already.
 
-    ``base`` has, for each segment to build that keeps chunks, the ids of its chunks one after the other.
+    ``base`` has, for each segment to build that keeps chunks, the ids of its chunks one after the other.  No request
+    crosses a multiple of ``unit`` bytes.
     """
 
     target: str
-    size: int
     address: UnixAddress
     segments: Iterator[SegmentPull]
     base: dict[int, bytes] = field(default_factory=dict)
+    unit: int = REQUEST
 
 
 @dataclass(slots=True)
@@ -73,6 +74,15 @@ class _Segment:
 class _Batch:
     segment: _Segment
     span: Span
+
+
+@dataclass(slots=True)
+class _Window:
+    """A buffer being filled; ``requests`` of its reads are under way."""
+
+    span: Span
+    buffer: bytearray
+    requests: int = 0
 
 
 class Pull:
@@ -225,20 +235,23 @@ class _Line:
             Span(offset, min(REQUEST, batch.span.end - offset))
             for offset in range(batch.span.offset, batch.span.end, REQUEST)
         )
-        flying: dict[int, tuple[Span, bytearray] | None] = {}
+        flying: dict[int, _Window | None] = {}
         complete = False
         while reads or flying:
             while reads and self._free:
-                span, buffer = reads.popleft(), self._free.pop()
-                flying[connection.submit_read(span.offset, memoryview(buffer)[: span.length])] = (span, buffer)
+                window = _Window(reads.popleft(), self._free.pop())
+                for cookie in _submit(connection, window, batch.segment.source.unit):
+                    flying[cookie] = window
             arrived = flying.pop(self._wait(connection, batch))
             if arrived is None:
                 continue
-            span, buffer = arrived
-            complete = self._store(batch.segment, span, buffer)
-            self._free.append(buffer)
+            arrived.requests -= 1
+            if arrived.requests:
+                continue
+            complete = self._store(batch.segment, arrived.span, arrived.buffer)
+            self._free.append(arrived.buffer)
             if self._pull.let_go:
-                flying[connection.submit_trim(span.offset, span.length)] = None
+                flying[connection.submit_trim(arrived.span.offset, arrived.span.length)] = None
         if complete:
             self._pull.finish_segment(batch.segment, self._writer)
 
@@ -263,6 +276,14 @@ class _Line:
             segment.ids[at : at + _ID] = blob
         new = self._writer.bytes_added - before
         return self._pull.read_done(segment, span.length, new, zero)
+
+
+def _submit(connection: NbdConnection, window: _Window, unit: int) -> list[int]:
+    """Ask for what fills the window, a ``unit`` at most at a time; it begins on a multiple of one."""
+    view = memoryview(window.buffer)[: window.span.length]
+    starts = range(0, window.span.length, unit)
+    window.requests = len(starts)
+    return [connection.submit_read(window.span.offset + at, view[at : at + unit]) for at in starts]
 
 
 def read_failed(target: str, error: NbdRefused) -> PullbackError:

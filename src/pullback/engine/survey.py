@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pullback.engine.pull import DiskSource, read_failed
+from pullback.engine.pull import REQUEST, DiskSource, read_failed
 from pullback.errors import NbdRefused
 from pullback.model.extents import Extent, Span, allocation, dirty_spans
 from pullback.nbd.address import UnixAddress
@@ -25,6 +25,7 @@ from pullback.plan.pull import (
     segment_size,
     touched_segments,
 )
+from pullback.plan.snapshot import SAVED_UNIT, saved_name
 from pullback.repository.layout import SegmentRef, StoredBackup
 
 ALLOCATION = "base:allocation"
@@ -55,11 +56,24 @@ def _allocation(connection: NbdConnection, spans: Sequence[Span]) -> Iterator[Ex
         yield from allocation(connection.extents(ALLOCATION, span.offset, span.length))
 
 
-def survey(address: UnixAddress, target: str, size: int, base: tuple[StoredBackup, str] | None, let_go: bool) -> Survey:
+def _saved(address: UnixAddress, target: str, spans: Sequence[Span]) -> Iterator[Extent]:
+    with NbdConnection.connect(address, saved_name(target), contexts=[ALLOCATION]) as connection:
+        yield from _allocation(connection, spans)
+
+
+def survey(
+    address: UnixAddress,
+    target: str,
+    size: int,
+    base: tuple[StoredBackup, str] | None,
+    let_go: bool,
+    exact: bool = True,
+) -> Survey:
     """Find out what to read of the frozen ``target``, and let everything else go.
 
-    ``base`` is the backup to build on and the checkpoint it was made at; None reads the whole disk.
-    SnapshotBroken when the frozen view is lost already.
+    ``base`` is the backup to build on and the checkpoint it was made at; None reads the whole disk.  Unless ``exact``,
+    what QEMU calls zero is only believed where the scratch, asked afterwards, holds nothing: old data is saved before
+    the domain's zeroes take its place.  SnapshotBroken when the frozen view is lost already.
     """
     dirty = _dirty(address, target, size, base[1]) if base else [Span(0, size)] if size else []
     kept: list[SegmentRef] = []
@@ -70,12 +84,15 @@ def survey(address: UnixAddress, target: str, size: int, base: tuple[StoredBacku
     fetch = fetch_spans(dirty, size, whole)
     try:
         with NbdConnection.connect(address, target, contexts=[ALLOCATION]) as connection:
-            reads = read_spans(fetch, _allocation(connection, fetch), size)
+            status = list(_allocation(connection, fetch))
+            if not exact:
+                status += _saved(address, target, fetch)
+            reads = read_spans(fetch, status, size)
             if let_go:
                 _trim(connection, clean_spans(reads, size))
     except NbdRefused as error:
         raise read_failed(target, error) from error
-    source = DiskSource(target, size, address, plan_segments(fetch, reads, size), chunks)
+    source = DiskSource(target, address, plan_segments(fetch, reads, size), chunks, REQUEST if exact else SAVED_UNIT)
     return Survey(source, reads, kept, sum(span.length for span in dirty))
 
 

@@ -18,7 +18,7 @@ from pullback.plan.command import ExportDeleted, Plan, Step
 PRIVATE = "b"
 
 _NODE = re.compile(re.escape(NODE_PREFIX) + r"([a-z][0-9a-f]{8})-(\d+)-(scratch|filter|access)")
-_ID = re.compile(re.escape(ID_PREFIX) + r"([a-z][0-9a-f]{8})-(\d+)(-create)?")
+_ID = re.compile(re.escape(ID_PREFIX) + r"([a-z][0-9a-f]{8})-(\d+)(-create|-saved)?")
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,8 +89,11 @@ def fetch_spans(dirty: Sequence[Span], size: int, whole: Collection[int] = ()) -
 
 
 def read_spans(fetch: Sequence[Span], allocation: Iterable[Extent], size: int) -> list[Span]:
-    """The chunks among ``fetch`` that hold any data by the block status; the others are zero and need no reading."""
-    data = [Span(extent.offset, extent.length) for extent in allocation if extent.kind is Kind.DATA]
+    """The chunks among ``fetch`` that hold any data by the block status; the others are zero and need no reading.
+
+    ``allocation`` may be in any order and overlap: what is data anywhere in it is data.
+    """
+    data = sorted(Span(extent.offset, extent.length) for extent in allocation if extent.kind is Kind.DATA)
     return _intersection(widened(data, CHUNK, size), fetch)
 
 

@@ -21,8 +21,16 @@ from typing import Any
 
 from pullback.model.chain import Edge
 from pullback.model.facts import ID_PREFIX, NODE_PREFIX, SERVER_MARK, Disk
+from pullback.model.units import KIB
 from pullback.plan.checkpoint import NodeChain, start_recording, stop_recording
 from pullback.plan.command import JobConcluded, Paused, Plan, Step
+
+#: Before this version, a request on a frozen view that begins in a range the domain has overwritten and ends beyond it
+#: is answered with the domain's new data (hbitmap_status() says of such a range that nothing was saved: seen on 7.2.22,
+#: mended in 8.0).  There, a read must not cross a multiple of ``SAVED_UNIT``, and what block status calls zero is zero
+#: only if the scratch holds nothing there.
+FROZEN_VIEW_EXACT = (8, 0, 0)
+SAVED_UNIT = 64 * KIB
 
 #: How long, in seconds, a write of the domain may wait for old data to reach the scratch before the snapshot breaks.
 CBW_TIMEOUT = 30
@@ -55,6 +63,10 @@ class DiskSnapshot:
     @property
     def export(self) -> str:
         return f"{ID_PREFIX}{self.snapshot}-{self.number}"
+
+    @property
+    def saved_export(self) -> str:
+        return f"{self.export}-saved"
 
 
 def _prepare(part: DiskSnapshot) -> list[Step]:
@@ -169,10 +181,24 @@ class ExportPart:
     since: tuple[tuple[str, tuple[Edge, ...]], ...] = ()
 
 
-def start_export(parts: Sequence[ExportPart], socket: str, writable: bool) -> Plan:
+def saved_name(target: str) -> str:
+    """The name of the export of a disk's scratch; no disk's own name holds a slash."""
+    return f"{target}/saved"
+
+
+def _offer_saved(part: DiskSnapshot) -> Step:
+    return Step(
+        "block-export-add",
+        {"id": part.saved_export, "type": "nbd", "node-name": part.scratch, "name": saved_name(part.disk.target)},
+        f"offer what was saved of {part.disk.target}: this QEMU's block status leaves it out",
+    )
+
+
+def start_export(parts: Sequence[ExportPart], socket: str, writable: bool, saved: bool = False) -> Plan:
     """Export frozen disks over NBD on a unix socket, with a context ``qemu:dirty-bitmap:CHECKPOINT`` each.
 
-    ``writable`` lets the client trim, which lets ranges go; a write is refused by the node all the same.
+    ``writable`` lets the client trim, which lets ranges go; a write is refused by the node all the same.  ``saved``
+    offers the scratch images too, for a QEMU older than ``FROZEN_VIEW_EXACT``.
     """
     steps = [step for item in parts for name, edges in item.since for step in _changes(item.part, name, edges)]
     steps.append(
@@ -204,6 +230,7 @@ def start_export(parts: Sequence[ExportPart], socket: str, writable: bool) -> Pl
         )
         for item in parts
     ]
+    steps += [_offer_saved(item.part) for item in parts if saved]
     return Plan(tuple(steps))
 
 
