@@ -85,6 +85,17 @@ class Checkpoints(RuleBasedStateMachine):
         self.unsettled -= set(self.creating)
         self.creating, self.frozen = {}, {}
 
+    @precondition(lambda self: not self.creating)
+    @rule(which=st.sets(targets, min_size=1), after=st.sets(blocks, min_size=1, max_size=3))
+    def create(self, which: set[str], after: set[int]) -> None:
+        """All of it at once, and what is written then; long chains come from this."""
+        self.start(which)
+        self.freeze()
+        self.stop()
+        for disk in TARGETS:
+            for block in after:
+                self.write(disk, block)
+
     @precondition(lambda self: self.creating)
     @rule()
     def die(self) -> None:
@@ -108,7 +119,7 @@ class Checkpoints(RuleBasedStateMachine):
         """Any checkpoints, of each disk its own."""
         removals = []
         for target in TARGETS:
-            gone = data.draw(st.sets(st.sampled_from(self.order[target])) if self.order[target] else st.just(set()))
+            gone = {name for name in self.order[target] if data.draw(st.booleans())}
             removals.append((NodeChain(f"node-{target}", self.chain(target)), gone))
             self.forget(target, gone)
         self.qemu.run(remove_checkpoints(removals))
