@@ -64,7 +64,7 @@ def parse_export(data: bytes) -> ExportDocument:
     root.required("type", checks.one_of("nbd"))
     address = root.child("address")
     if address is None:
-        raise root.error("it has no <address>: where is the NBD server to listen?")
+        raise root.error("it has no <address>", "Say where the NBD server is to listen.")
     return ExportDocument(_address(address), _export_disks(root))
 
 
