@@ -106,11 +106,14 @@ class OnQemu(RuleBasedStateMachine):
 
     lab: Lab
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(length=st.integers(0, 4))
+    def begin(self, length: int) -> None:
+        """A chain of some points, with something of its own written after each."""
         self.lab.clear()
         self.count = 0
         self.since: dict[str, dict[str, set[int]]] = {target: {} for target in TARGETS}
+        for number in range(length):
+            self.create({TARGETS[0]} if number == 1 else set(TARGETS), 2 * number, early=False)
 
     def node_chains(self, which: set[str]) -> dict[str, NodeChain]:
         return {one: NodeChain(f"node-{one}", chain) for one, chain in self.lab.chains().items() if one in which}
@@ -195,8 +198,8 @@ def test_what_changed_since_each_checkpoint_is_known(lab: Lab) -> None:
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=15,
-            stateful_step_count=14,
+            max_examples=20,
+            stateful_step_count=12,
             deadline=None,
             database=None,
             # A failure is shown as it was found: making it smaller takes minutes here and a second in the model.
