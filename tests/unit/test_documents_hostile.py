@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pullback.documents import element
 from pullback.documents.element import BYTES_MAX, ELEMENTS_MAX, LINES_MAX, load
 from pullback.documents.reading import parse_snapshot
 from pullback.errors import UsageError
@@ -86,6 +88,13 @@ def test_no_other_file_is_read(tmp_path: Path, scheme: str):
         assert "hunter2" not in refused(declared.encode(encoding))
 
 
+def test_a_hidden_declaration_is_not_even_found_if_its_encoding_were(monkeypatch: pytest.MonkeyPatch):
+    """Two guards against other encodings; this is the second one alone."""
+    monkeypatch.setattr(element, "_DECLARED", re.compile(rb"(?!)()"))
+    declared = b"<?xml version='1.0' encoding='utf-7'?>"
+    assert "is not XML" in refused(declared + b"+ADw-!DOCTYPE d [<!ENTITY x 'a'>]>" + GOOD.replace(b"sda", b"&x;"))
+
+
 def padded(unit: bytes, count: int) -> bytes:
     return GOOD.replace(b"<disk", unit * count + b"<disk")
 
@@ -111,6 +120,7 @@ def test_the_last_line_is_still_counted_right():
 
 def test_control_characters_of_the_document_reach_no_terminal():
     for text in (
+        "<!-- \u009b2J",
         "<a\u009b2J/>",
         "<a b='\u009b2J'/>",
         "<domainblocksnapshot \u009b='1'/>",

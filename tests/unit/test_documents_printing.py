@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from lxml import etree
 
@@ -21,6 +23,7 @@ from pullback.documents.values import (
     UnixAddress,
 )
 from pullback.errors import UsageError
+from pullback.model.units import GIB, MIB
 
 SNAPSHOT = SnapshotDocument(
     (SnapshotDisk("sda", "/var/tmp/a&b"), SnapshotDisk("größe")), "snapshot0", "night", creation_time=1525889631
@@ -119,6 +122,14 @@ def test_a_domain():
 </domain>
 """
     )
+
+
+def test_the_domain_in_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "xml.md").read_text()
+    reason = "a bitmap between this checkpoint and now is missing or inconsistent"
+    points = (CheckpointDocument("sunday", None, MIB, False), CheckpointDocument("monday", "sunday", 65536, True))
+    disk = DiskDocument("sda", "node-sda", "qcow2", 10 * GIB, points, (BrokenBitmap("pullback-friday", reason),))
+    assert f"```xml\n{print_domain(DomainDocument('web', DOMAIN.uuid, (disk,)))}```\n" in text
 
 
 def test_a_domain_without_anything():

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from pullback.documents.reading import parse_export, parse_snapshot
@@ -53,6 +56,17 @@ def export(inner: str, address: str = '<address type="unix" path="/run/x.sock"/>
 
 def address(attributes: str) -> IpAddress | UnixAddress:
     return export('<disk name="sda"/>', f"<address {attributes}/>").address
+
+
+def test_the_documents_in_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "xml.md").read_text()
+    first, second, _ = re.findall(r"```xml\n(.*?)```", text, re.DOTALL)
+    assert [disk.name for disk in parse_snapshot(first.encode()).disks] == ["sda", "sdb"]
+    assert [disk.checkpoints for disk in parse_export(second.encode()).disks] == [("monday",), ("sunday", "monday"), ()]
+    wrong = first.replace("/var/tmp/web-sda.scratch", "scratch").replace("  <checkpoint>monday</checkpoint>\n", "")
+    with pytest.raises(UsageError) as caught:
+        parse_snapshot(wrong.encode())
+    assert f"\n      {caught.value}\n" in text
 
 
 def test_a_snapshot_document():
