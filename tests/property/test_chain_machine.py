@@ -74,6 +74,10 @@ class Lab:
 
         return asyncio.run(look())
 
+    def nodes(self, which: set[str]) -> dict[str, NodeChain]:
+        """The chains of these disks, by target."""
+        return {one: NodeChain(f"node-{one}", chain) for one, chain in self.chains().items() if one in which}
+
     def clear(self) -> None:
         """A disk without bitmaps for the next example; what is written on it does not matter."""
         for target in TARGETS:
@@ -115,9 +119,6 @@ class OnQemu(RuleBasedStateMachine):
         for number in range(length):
             self.create({TARGETS[0]} if number == 1 else set(TARGETS), 2 * number, early=False)
 
-    def node_chains(self, which: set[str]) -> dict[str, NodeChain]:
-        return {one: NodeChain(f"node-{one}", chain) for one, chain in self.lab.chains().items() if one in which}
-
     @rule(disk=targets, first=blocks, length=st.integers(1, 3), kind=st.sampled_from(["data", "zero", "discard"]))
     def write(self, disk: str, first: int, length: int, kind: str) -> None:
         end = min(first + length, BLOCKS)
@@ -135,7 +136,7 @@ class OnQemu(RuleBasedStateMachine):
     def create(self, which: set[str], block: int, early: bool) -> None:
         """A new checkpoint; perhaps something is written while two bitmaps record, and then before the next."""
         self.count += 1
-        chains = self.node_chains(which)
+        chains = self.lab.nodes(which)
         self.lab.run(Plan((start_recording(list(chains.values()), f"c{self.count}"),)))
         for disk in which:
             self.since[disk][f"c{self.count}"] = set()
@@ -148,7 +149,7 @@ class OnQemu(RuleBasedStateMachine):
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
         removals = []
-        for target, chain in self.node_chains(set(TARGETS)).items():
+        for target, chain in self.lab.nodes(set(TARGETS)).items():
             gone = {name for name in self.since[target] if data.draw(st.booleans())}
             removals.append((chain, gone))
             for name in gone:
@@ -198,7 +199,7 @@ def test_what_changed_since_each_checkpoint_is_known(lab: Lab) -> None:
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=20,
+            max_examples=12,
             stateful_step_count=12,
             deadline=None,
             database=None,
@@ -207,3 +208,28 @@ def test_what_changed_since_each_checkpoint_is_known(lab: Lab) -> None:
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
         ),
     )
+
+
+@pytest.mark.parametrize("gone", range(8), ids=lambda bits: f"{bits:04b} and {15 - bits:04b}")
+def test_every_choice_of_four_checkpoints(lab: Lab, gone: int) -> None:
+    """One disk loses the checkpoints of the bits set in ``gone``, the other one the rest, in one transaction."""
+    points = [f"c{number}" for number in range(4)]
+    for number, point in enumerate(points):
+        before = list(lab.nodes(set(TARGETS)).values())
+        lab.run(Plan((start_recording(before, point),)) + stop_recording(before))
+        for target in TARGETS:
+            lab.qemu.device_write(target, number * BLOCK, BLOCK)
+    remove = {
+        target: {point for number, point in enumerate(points) if bits >> number & 1}
+        for target, bits in zip(TARGETS, (gone, 15 - gone), strict=True)
+    }
+    chains = lab.nodes(set(TARGETS))
+    lab.run(remove_checkpoints([(chains[target], remove[target]) for target in TARGETS]))
+    for target, chain in lab.chains().items():
+        assert list(chain.points) == [point for point in points if point not in remove[target]]
+        assert [edge.bitmap.recording for edge in chain.edges] == [edge is chain.edges[-1] for edge in chain.edges]
+        for point in chain.points:
+            edges = chain.since(point)
+            assert isinstance(edges, tuple)
+            said = lab.changed(target, [edge.name for edge in edges])
+            assert said == set(range(points.index(point), 4)), (target, point)
