@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How commands end: exit codes, one sentence, JSON where it was asked for, never a traceback; and what they load."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pullback.cli import backups, main, reporter
+from pullback.cli.interrupts import Interrupted, run_interruptible
+from pullback.errors import PullbackError, Refused
+from tests.support.cli import filled_stage
+from tests.support.product import Done, Stage
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    """Run ``pullback`` in this process, with nothing of whoever runs the tests in its environment."""
+    for name in [*os.environ]:
+        if name.startswith(("RESTIC_", "PULLBACK_")) and name != "PULLBACK_TEST_SESSION":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "nothing"))
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    # It is set for the life of a process; this one lives on.
+    monkeypatch.setattr("pullback.repository.locks.survive_restic_probe", lambda: None)
+
+    def run(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["pullback", *arguments])
+        code = 0
+        try:
+            main.main()
+        except SystemExit as end:
+            assert isinstance(end.code, int)
+            code = end.code
+        said = capsys.readouterr()
+        return Done(code, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    return filled_stage(tmp_path)
+
+
+WRONG = [
+    ([], "no command was given"),
+    (["nonsense"], "nonsense"),
+    (["--nonsense"], "--nonsense"),
+    (["backup"], "DOMAIN"),
+    (["backup", "web"], "'web' is neither qmp:PATH nor a domain of the configuration"),
+    (["backup", "qmp:"], "qmp: is followed by no path"),
+    (["backup", "qmp:/x"], "no repository was named"),
+    (["backup", "qmp:/x", "--keep-checkpoints", "0"], "--keep-checkpoints"),
+    (["backup", "qmp:/x", "--lock-retry", "-1"], "--lock-retry"),
+    (["backup", "qmp:/x", "--name"], "--name"),
+    (["init"], "no repository was named"),
+    (["init", "--repo", "s3:https://host"], "does not name a bucket"),
+    (["list", "--repo", "/nowhere"], "no password for the repository was given"),
+    (["list", "web", "other"], "other"),
+    (["list", "--nonsense"], "--nonsense"),
+    (["restore", "latest"], "--to"),
+    (["restore", "latest", "--to", "x", "--format", "vmdk"], "'vmdk' is no format of images"),
+]
+
+
+COMMANDS = ("init", "backup", "list", "restore")
+
+
+def shown(value: object) -> str | None:
+    """A parameter as a part of the test's name."""
+    return " ".join(value) or "nothing" if isinstance(value, list) else None
+
+
+@pytest.mark.parametrize(("arguments", "says"), WRONG, ids=shown)
+def test_a_wrong_command_line_is_one_line_and_2(command: Command, arguments: list[str], says: str) -> None:
+    done = command(*arguments)
+    assert done.code == 2
+    assert not done.out
+    assert says in done.err
+    assert done.err.startswith("pullback: ")
+    assert done.err.count("\n") == 1
+    assert done.err.endswith(".\n")
+
+
+@pytest.mark.parametrize(("arguments", "says"), [one for one in WRONG if one[0] and one[0][0] in COMMANDS], ids=shown)
+def test_with_json_it_is_one_object_on_standard_output(command: Command, arguments: list[str], says: str) -> None:
+    # Not at the end: `--name` would take it for its value.
+    done = command(arguments[0], "--json", *arguments[1:])
+    assert not done.err
+    (event,) = done.events
+    assert (done.code, event["event"], event["exit_code"]) == (2, "error", 2)
+    assert says in event["message"]
+
+
+def test_help_and_version_are_0(command: Command) -> None:
+    for arguments in (["--help"], ["backup", "--help"], ["--version"]):
+        done = command(*arguments)
+        assert (done.code, done.err) == (0, "")
+        assert "pullback" in done.out
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [(Refused("a thing is so", means="Nothing was touched.", todo="Do that."), 5), (PullbackError("it failed"), 1)],
+)
+def test_an_error_gives_its_exit_code(
+    command: Command, monkeypatch: pytest.MonkeyPatch, failure: PullbackError, code: int
+) -> None:
+    monkeypatch.setattr(backups, "find_domain", failing(failure))
+    done = command("backup", "x")
+    assert (done.code, done.out, done.err) == (code, "", f"pullback: {failure}\n")
+
+
+def failing(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_a_defect_is_1_and_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backups, "find_domain", failing(ZeroDivisionError("division by zero")))
+    done = command("backup", "x")
+    assert done.code == 1
+    assert not done.out
+    assert done.err.count("\n") == 1
+    assert "a defect of pullback: ZeroDivisionError: division by zero" in done.err
+    done = command("backup", "x", "--json")
+    assert (done.code, done.err) == (1, "")
+    assert done.event("error")["exit_code"] == 1
+
+
+def test_a_defect_can_be_looked_into(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backups, "find_domain", failing(ZeroDivisionError()))
+    monkeypatch.setenv("PULLBACK_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        command("backup", "x")
+
+
+@pytest.mark.parametrize("error", [Interrupted(), KeyboardInterrupt(), EOFError()])
+def test_an_interruption_is_130(command: Command, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    monkeypatch.setattr(backups, "find_domain", failing(error))
+    done = command("backup", "x")
+    assert (done.code, done.out, done.err.count("\n")) == (130, "", 1)
+    assert command("backup", "x", "--json").event("error")["exit_code"] == 130
+
+
+def test_a_pipe_that_broke_inside_is_a_defect(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a reader of our output may go away unnoticed."""
+
+    async def broken() -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(backups, "find_domain", lambda *_: run_interruptible(broken()))
+    assert command("backup", "x").code == 1
+
+
+# -- where the output goes ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def closed_pipe() -> Iterator[int]:
+    """The writing end of a pipe that nobody reads."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    yield write_end
+    os.close(write_end)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["list", "--help"], 0),
+        (["--version"], 0),
+        (["list"], 0),
+        (["list", "--json"], 0),
+        (["list", "--nonsense"], 2),
+        (["list", "--nonsense", "--json"], 2),
+        (["restore", "latest", "--to", "OUT", "--json"], 0),
+    ],
+    ids=shown,
+)
+def test_a_reader_who_went_away_changes_nothing(
+    stage: Stage, closed_pipe: int, arguments: list[str], code: int
+) -> None:
+    words = [str(stage.place / "out") if word == "OUT" else word for word in arguments]
+    done = subprocess.run(
+        stage.command(*words),
+        env=stage.environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=closed_pipe,
+        stderr=subprocess.PIPE if code == 0 else closed_pipe,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code
+    assert not done.stderr
+    assert ("OUT" in arguments) == (stage.place / "out" / "vda.qcow2").exists()
+
+
+def test_a_full_disk_under_the_output_is_told(stage: Stage) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            stage.command("list"), env=stage.environment(), stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == "pullback: cannot write to standard output: No space left on device.\n"
+
+
+def test_results_and_notes_go_different_ways(command: Command, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in stage.environment().items():
+        monkeypatch.setenv(name, value)
+    done = command("restore", "latest", "--to", str(stage.place / "out"))
+    assert done.code == 0, done.err
+    assert "restored backup" in done.out
+    done = command("restore", "latest", "--to", str(stage.place / "out"))
+    assert (done.code, done.out) == (9, "")
+    done = command("restore", "latest", "--to", str(stage.place / "out2"), "--json")
+    assert not done.err
+    assert [event["event"] for event in done.events][-2:] == ["progress", "restore"]
+
+
+def test_a_table_lines_up() -> None:
+    lines = reporter.table(("A", "LONG"), [("aaaa", "b"), ("c", "dddddd")])
+    assert lines == ["A     LONG", "aaaa  b", "c     dddddd"]
+
+
+# -- what is loaded -----------------------------------------------------------------------------------------------
+
+HEAVY = ("qemu.qmp", "cryptography", "obstore", "zstandard", "lxml", "rich.progress")
+
+LOADED = """
+import sys
+from pullback.cli.main import main
+try:
+    main()
+except SystemExit:
+    pass
+print(*(name for name in sys.modules), file=sys.stderr)
+"""
+
+
+def loaded_by(stage: Stage, *arguments: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, *arguments],
+        env=stage.environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return set(done.stderr.splitlines()[-1].split()) & set(HEAVY)
+
+
+@pytest.mark.parametrize("arguments", ["--help", "backup --help", "--version", "nonsense", "backup", "backup web"])
+def test_help_and_wrong_command_lines_load_nothing_heavy(stage: Stage, arguments: str) -> None:
+    assert not loaded_by(stage, *arguments.split())
+
+
+def test_real_work_loads_what_it_needs(stage: Stage) -> None:
+    assert loaded_by(stage, "list") == {"cryptography", "zstandard"}
