@@ -51,6 +51,10 @@ def test_the_good_one_is_good():
         (GOOD.decode().encode("utf-16-le"), "line 1 is not XML: "),
         (b"<?xml version='1.0' encoding='utf-7'?>" + GOOD, "the document says that its encoding is 'utf-7'. Write it"),
         (b'<?xml version="1.0" encoding="latin-1"?>' + GOOD, "the document says that its encoding is 'latin-1'"),
+        (
+            b"\xef\xbb\xbf<?xml version='1.0' encoding='utf-7'?>" + GOOD,
+            "the document says that its encoding is 'utf-7'.",
+        ),
         (b"<!DOCTYPE d>\n" + GOOD, "there is a document type declaration on line 1. Take the"),
         (b"\n\n<!DOCTYPE d SYSTEM 'x.dtd'>" + GOOD, "there is a document type declaration on line 3."),
         (b"<?php x?>" + GOOD, "there is a processing instruction on line 1."),

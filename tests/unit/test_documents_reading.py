@@ -251,6 +251,7 @@ PORTS = 'Write port="…" for a certain port, autoport="yes" for a free one.'
         ('type="ip" host="::1% x" port="1"', f"host '::1% x' {NO_HOST}"),
         ('type="ip" host="a..b" port="1"', f"host 'a..b' {NO_HOST}"),
         ('type="ip" host="-a" port="1"', f"host '-a' {NO_HOST}"),
+        (f'type="ip" host="{"a" * 64}" port="1"', f"host '{'a' * 57}...' {NO_HOST}"),
         ('type="ip" host="a,b" port="1"', f"host 'a,b' {NO_HOST}"),
         (f'type="ip" host="{"a." * 127}a" port="1"', f"host '{('a.' * 29)[:57]}...' {NO_HOST}"),
         ('type="ip" host="h" port="1" tls="on"', "tls 'on' is neither yes nor no."),
