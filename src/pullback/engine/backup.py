@@ -25,7 +25,7 @@ from pullback.engine.domain import Snapshot as DomainSnapshot
 from pullback.engine.events import DiskPlanned, Emit, Frozen, Note, Progress
 from pullback.engine.pull import Pull
 from pullback.engine.survey import Survey, survey
-from pullback.errors import DomainError
+from pullback.errors import DomainError, DomainUnreachable, NbdDisconnected
 from pullback.model.chain import read_chain
 from pullback.model.facts import Disk, Facts
 from pullback.model.manifest import BaseRef, DiskEntry, Manifest, parse_manifest
@@ -108,7 +108,15 @@ async def run_backup(
 @asynccontextmanager
 async def _locked(repository: Repository, request: BackupRequest, emit: Emit) -> AsyncIterator[None]:
     lock = repository.lock(retry=request.lock_retry, waiting=lambda message: emit(Note(message)))
-    await asyncio.to_thread(lock.acquire)
+    acquiring = asyncio.ensure_future(asyncio.to_thread(lock.acquire))
+    try:
+        await asyncio.shield(acquiring)
+    except asyncio.CancelledError:
+        lock.give_up()
+        await asyncio.wait({acquiring})
+        if acquiring.exception() is None:
+            await asyncio.to_thread(lock.release)
+        raise
     try:
         yield
     finally:
@@ -122,8 +130,29 @@ async def _backup(
         emit(Note("Cleared what a backup that was killed had left in QEMU."))
     prepared = await _prepare(domain, repository, request)
     _tell(prepared, emit)
-    disks = prepared.selection.disks
-    async with domain.snapshot(disks, prepared.checkpoint, request.scratch) as snapshot:
+    work = _Work(repository, request, prepared)
+    try:
+        await _store(domain, work, emit)
+        await _forget_checkpoints(domain, repository.id, prepared, request.keep_checkpoints, emit)
+    except asyncio.CancelledError:
+        # Asked to end when the backup existed already: all that was left to do is done, or waits for the next one.
+        if work.committed is None:
+            raise
+    manifest, backup = work.result
+    return BackupResult(
+        id=backup,
+        manifest=manifest,
+        bytes_read=sum(disk.bytes_read for disk in manifest.disks),
+        bytes_stored=repository.bytes_stored,
+        seconds=asyncio.get_running_loop().time() - begin,
+        paused_seconds=work.paused_seconds,
+    )
+
+
+async def _store(domain: Domain, work: _Work, emit: Emit) -> None:
+    """Freeze, pull, commit; when this returns the backup exists and nothing of it is left in QEMU."""
+    prepared = work.prepared
+    async with domain.snapshot(prepared.selection.disks, prepared.checkpoint, work.request.scratch) as snapshot:
         emit(Frozen(snapshot.time.isoformat(), snapshot.checkpoint, round(snapshot.paused_seconds * 1000, 1)))
         since = {
             target: (base.checkpoint, base.edges)
@@ -131,23 +160,29 @@ async def _backup(
             if isinstance(base, Incremental)
         }
         async with domain.export(snapshot, since, writable=True) as export:
-            work = _Work(repository, request, prepared, snapshot, export)
             try:
-                await _in_thread(work, emit)
+                await _in_thread(work, snapshot, export, emit)
                 await domain.end_snapshot(snapshot.id)
-                manifest, backup = await uncancelled(_commit(work, snapshot))
+                await uncancelled(_commit(work, snapshot))
+            except NbdDisconnected as error:
+                work.abandon()
+                await _was_it_qemu(domain, error)
+                raise
             except BaseException:
                 work.abandon()
                 raise
-    await _forget_checkpoints(domain, repository.id, prepared, request.keep_checkpoints, emit)
-    return BackupResult(
-        id=backup,
-        manifest=manifest,
-        bytes_read=sum(disk.bytes_read for disk in manifest.disks),
-        bytes_stored=repository.bytes_stored,
-        seconds=asyncio.get_running_loop().time() - begin,
-        paused_seconds=snapshot.paused_seconds,
-    )
+
+
+async def _was_it_qemu(domain: Domain, error: NbdDisconnected) -> None:
+    """DomainUnreachable when the export broke off because QEMU ended."""
+    try:
+        await domain.observe()
+    except DomainUnreachable:
+        raise DomainUnreachable(
+            "QEMU ended during the backup",
+            means="No backup was stored; the earlier ones are untouched.",
+            todo="Start the domain and run the backup again.",
+        ) from error
 
 
 async def _prepare(domain: Domain, repository: Repository, request: BackupRequest) -> _Prepared:
@@ -191,53 +226,64 @@ class _Work:
         repository: Repository,
         request: BackupRequest,
         prepared: _Prepared,
-        snapshot: DomainSnapshot,
-        export: Export,
     ) -> None:
         self._repository = repository
-        self._request = request
-        self._prepared = prepared
-        self._snapshot = snapshot
-        self._export = export
+        self.request = request
+        self.prepared = prepared
         self._stored = {
             base.backup: StoredBackup(repository, repository.find(base.backup))
             for base in prepared.bases.values()
             if isinstance(base, Incremental)
         }
         self._writers: list[PackWriter] = []
+        self._stopped = False
         self.pull: Pull | None = None
         self.total = 0
+        self.paused_seconds = 0.0
+        self.committed: tuple[Manifest, str] | None = None
 
-    def run(self) -> None:
+    def stop(self) -> None:
+        """Make ``run`` end soon, from any thread."""
+        self._stopped = True
+        if self.pull is not None:
+            self.pull.stop()
+
+    def run(self, snapshot: DomainSnapshot, export: Export) -> None:
         """Survey all disks, then read and store them; only the writers are still open afterwards."""
+        self._snapshot, self._export = snapshot, export
+        self.paused_seconds = snapshot.paused_seconds
         # What a full backup reads may be in the repository already; only the index tells.
         self._repository.load_index()
-        surveys = [self._survey(disk) for disk in self._prepared.selection.disks]
+        surveys = [self._survey(disk) for disk in self.prepared.selection.disks]
         self.total = sum(one.to_read for one in surveys)
-        count = self._request.threads or os.cpu_count() or 1
+        count = self.request.threads or os.cpu_count() or 1
         count = max(1, min(count, 1 + self.total // _BYTES_PER_THREAD))
         self._writers = [self._repository.new_writer() for _ in range(count)]
-        builder = BackupBuilder(self._repository, self._writers[0], self._prepared.name, self._snapshot.time)
+        builder = BackupBuilder(self._repository, self._writers[0], self.prepared.name, self._snapshot.time)
         for one in surveys:
             builder.add_disk(one.source.target)
             for segment in one.kept:
                 builder.keep_segment(one.source.target, segment.number, segment.subtree_id)
         self.pull = Pull(builder, [one.source for one in surveys], let_go=True)
+        if self._stopped:
+            return
         self.pull.run(self._writers)
+        if self._stopped:
+            return
         self._manifest = self._describe(self.pull)
         self._tree = builder.finish(self._manifest.to_bytes())
         self._path = builder.path
 
     def _survey(self, disk: Disk) -> Survey:
-        base = self._prepared.bases[disk.target]
+        base = self.prepared.bases[disk.target]
         stored = (self._stored[base.backup], base.checkpoint) if isinstance(base, Incremental) else None
         address = UnixAddress(self._export.socket)
         return survey(address, disk.target, disk.virtual_size, stored, let_go=True, exact=self._export.exact)
 
     def _describe(self, pull: Pull) -> Manifest:
         entries = []
-        for disk in self._prepared.selection.disks:
-            base, count = self._prepared.bases[disk.target], pull.counts[disk.target]
+        for disk in self.prepared.selection.disks:
+            base, count = self.prepared.bases[disk.target], pull.counts[disk.target]
             incremental = isinstance(base, Incremental)
             entries.append(
                 DiskEntry(
@@ -254,18 +300,24 @@ class _Work:
                 )
             )
         return Manifest(
-            domain=self._prepared.name,
-            uuid=self._prepared.facts.uuid,
+            domain=self.prepared.name,
+            uuid=self.prepared.facts.uuid,
             time=self._snapshot.time,
             consistency="crash",
-            qemu=".".join(map(str, self._prepared.facts.version)),
+            qemu=".".join(map(str, self.prepared.facts.version)),
             pullback=pullback.__version__,
             segment_size=SEGMENT,
             disks=tuple(entries),
-            skipped=self._prepared.selection.skipped,
+            skipped=self.prepared.selection.skipped,
         )
 
-    def commit(self) -> tuple[Manifest, str]:
+    @property
+    def result(self) -> tuple[Manifest, str]:
+        """The manifest and the id of the backup, once it is committed."""
+        assert self.committed is not None
+        return self.committed
+
+    def commit(self) -> None:
         """Packs, then index, then the snapshot file; when this returns the backup exists."""
         for writer in self._writers:
             writer.flush()
@@ -277,13 +329,13 @@ class _Work:
                 time=self._snapshot.time,
                 tree=self._tree,
                 paths=(self._path,),
-                hostname=self._prepared.name,
+                hostname=self.prepared.name,
                 tags=("pullback",),
                 parent=parent.id if parent else None,
                 program_version=f"pullback {pullback.__version__}",
             )
         )
-        return self._manifest, backup
+        self.committed = self._manifest, backup
 
     def abandon(self) -> None:
         """Give up what is not stored; no thread is at work any more."""
@@ -291,24 +343,23 @@ class _Work:
             writer.abandon()
 
 
-async def _commit(work: _Work, snapshot: DomainSnapshot) -> tuple[Manifest, str]:
+async def _commit(work: _Work, snapshot: DomainSnapshot) -> None:
     """Make the backup exist; from then on its checkpoint stays, whatever happens."""
-    committed = await asyncio.to_thread(work.commit)
+    await asyncio.to_thread(work.commit)
     snapshot.keep_checkpoint = True
-    return committed
 
 
-async def _in_thread(work: _Work, emit: Emit) -> None:
+async def _in_thread(work: _Work, snapshot: DomainSnapshot, export: Export, emit: Emit) -> None:
     """Run the pull on a thread, telling how far it is; being cancelled stops it first."""
-    task = asyncio.ensure_future(asyncio.to_thread(work.run))
+    task = asyncio.ensure_future(asyncio.to_thread(work.run, snapshot, export))
     try:
         while not (await asyncio.wait({task}, timeout=_PROGRESS_EVERY))[0]:
             if work.pull is not None:
                 emit(Progress("backup", work.pull.done, work.total))
     except asyncio.CancelledError:
-        if work.pull is not None:
-            work.pull.stop()
+        work.stop()
         await asyncio.wait({task})
+        task.exception()  # whatever came of it, it was cut off
         raise
     task.result()
     emit(Progress("backup", work.total, work.total))

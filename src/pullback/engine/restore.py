@@ -9,28 +9,29 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pullback.engine.events import Emit, Note, Progress
+from pullback.engine.workdir import DEFAULT_BASE, work_directory
 from pullback.errors import Damaged, NbdRefused, PullbackError, RestoreError, TargetExists
 from pullback.model.manifest import DiskEntry, Manifest, parse_manifest
 from pullback.nbd.address import UnixAddress
 from pullback.nbd.blocking import NbdConnection
 from pullback.plan.pull import segment_count
 from pullback.plan.restore import PackRead, Place, choose_disks, pack_reads, windows
+from pullback.qemu.monitor import Peer
 from pullback.qemu.storage_daemon import StorageDaemon, qemu_program
 from pullback.repository.blob import BlobId, BlobKind, PackId, blob_id
 from pullback.repository.layout import SEGMENT, StoredBackup
+from pullback.repository.locks import RepositoryLock
 from pullback.repository.repository import Repository
 
 ImageFormat = Literal["qcow2", "raw"]
@@ -79,11 +80,14 @@ class Restore:
         self._open = open_repository
         self._emit = emit
         self._write: _Write | None = None
+        self._lock: RepositoryLock | None = None
         self._stopped = False
 
     def stop(self) -> None:
         """Make ``run`` fail soon; nothing but finished images of an earlier run is left."""
         self._stopped = True
+        if self._lock is not None:
+            self._lock.give_up()
         if self._write is not None:
             self._write.stop()
 
@@ -95,8 +99,10 @@ class Restore:
         """
         begin = time.monotonic()
         repository = self._open()
-        lock = repository.lock(retry=self._request.lock_retry, waiting=lambda message: self._emit(Note(message)))
-        with lock:
+        self._lock = repository.lock(retry=self._request.lock_retry, waiting=lambda note: self._emit(Note(note)))
+        if self._stopped:
+            self._lock.give_up()
+        with self._lock:
             snapshot = repository.find(self._request.backup)
             stored = StoredBackup(repository, snapshot)
             manifest = parse_manifest(stored.manifest_bytes())
@@ -112,18 +118,18 @@ class Restore:
     def _fill(
         self, repository: Repository, stored: StoredBackup, disks: Sequence[DiskEntry], parts: dict[str, Path]
     ) -> dict[str, int]:
-        directory = Path(tempfile.mkdtemp(prefix="pullback-"))
-        try:
-            for disk in disks:
-                _create_image(parts[disk.target], self._request.format, disk.virtual_size)
-            with StorageDaemon(*_daemon_options(parts, self._request.format), directory) as daemon:
-                self._write = _Write(repository, stored, disks, UnixAddress(daemon.socket))
-                if self._stopped:
-                    self._write.stop()
-                self._write.run(os.cpu_count() or 1, self._emit)
-                return self._write.written
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+        for disk in disks:
+            _create_image(parts[disk.target], self._request.format, disk.virtual_size)
+        ourselves = Peer(os.getpid(), os.geteuid(), os.getegid())
+        with (
+            work_directory(DEFAULT_BASE, ourselves) as directory,
+            StorageDaemon(*_daemon_options(parts, self._request.format), directory) as daemon,
+        ):
+            self._write = _Write(repository, stored, disks, UnixAddress(daemon.socket))
+            if self._stopped:
+                self._write.stop()
+            self._write.run(os.cpu_count() or 1, self._emit)
+            return self._write.written
 
 
 def _final(request: RestoreRequest, disk: DiskEntry) -> Path:
@@ -140,19 +146,35 @@ def _targets(request: RestoreRequest, disks: Sequence[DiskEntry]) -> Iterator[di
     except OSError as error:
         raise RestoreError(f"cannot restore into {request.to}: {error.strerror}") from error
     parts = {disk.target: request.to / f"{disk.target}.{request.format}.part" for disk in disks}
-    finished = False
     try:
+        # Until the directory is ours, what is in it is somebody else's.
         _claim(handle, request, disks)
-        yield parts
+        finished = False
+        try:
+            yield parts
+            _publish(request, disks, parts, handle)
+            finished = True
+        finally:
+            if not finished:
+                _discard(parts, request.to if made else None)
+    finally:
+        os.close(handle)
+
+
+def _publish(request: RestoreRequest, disks: Sequence[DiskEntry], parts: dict[str, Path], handle: int) -> None:
+    """Give the images their names, all of them or none."""
+    done: list[Path] = []
+    try:
         for disk in disks:
             _sync(parts[disk.target])
+        for disk in disks:
             parts[disk.target].rename(_final(request, disk))
+            done.append(_final(request, disk))
         os.fsync(handle)
-        finished = True
-    finally:
-        if not finished:
-            _discard(parts, request.to if made else None)
-        os.close(handle)
+    except OSError as error:
+        for path in done:
+            path.unlink(missing_ok=True)
+        raise RestoreError(f"cannot store the images in {request.to}: {error.strerror}") from error
 
 
 def _claim(handle: int, request: RestoreRequest, disks: Sequence[DiskEntry]) -> None:
@@ -171,12 +193,11 @@ def _claim(handle: int, request: RestoreRequest, disks: Sequence[DiskEntry]) -> 
 
 def _discard(parts: dict[str, Path], directory: Path | None) -> None:
     for path in parts.values():
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
     if directory is not None:
-        try:
+        with suppress(OSError):
             directory.rmdir()
-        except OSError:
-            return
 
 
 def _sync(path: Path) -> None:
@@ -188,7 +209,10 @@ def _sync(path: Path) -> None:
 
 
 def _create_image(path: Path, image_format: ImageFormat, size: int) -> None:
-    path.unlink(missing_ok=True)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RestoreError(f"cannot replace {path}, left by an earlier restore: {error.strerror}") from error
     done = subprocess.run(
         [qemu_program("qemu-img"), "create", "-q", "-f", image_format, str(path), str(size)],
         capture_output=True,

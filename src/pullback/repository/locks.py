@@ -163,6 +163,7 @@ class RepositoryLock:
         self._name: str | None = None
         self._confirmed = 0.0
         self._lost: str | None = None
+        self._given_up = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -187,7 +188,7 @@ class RepositoryLock:
         self._lost = None
         while (other := self._try()) is not None:
             left = deadline - time.monotonic()
-            if left <= 0:
+            if left <= 0 or self._given_up:
                 raise self._refusal(other)
             if self._waiting and other.describe() != told:
                 told = other.describe()
@@ -197,6 +198,11 @@ class RepositoryLock:
             self._acquired()
         self._thread = threading.Thread(target=self._keep_fresh, name="pullback-lock", daemon=True)
         self._thread.start()
+
+    def give_up(self) -> None:
+        """Make an acquire that waits fail now, from any thread."""
+        self._given_up = True
+        self._stop.set()
 
     def _refusal(self, other: LockFile) -> RepositoryLocked:
         return RepositoryLocked(
