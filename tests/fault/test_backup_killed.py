@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A backup that dies or is interrupted at any point: the next one is by itself right and incremental, nothing is left.
+
+All points of one kind are tried one after the other on one domain, which goes on being written to: so every recovery
+also has to cope with what the ones before it left.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.processes import wait_for
+from lab.qemu import BareQemu
+from pullback.engine.pull import Pull
+from pullback.repository import locks
+from pullback.repository.layout import BackupBuilder
+from pullback.repository.local_store import LocalStore
+from pullback.repository.repository import Repository
+from pullback.repository.writer import PackWriter
+from tests.support import dying
+from tests.support.backups import open_repository, read_disk
+from tests.support.product import KIB, MIB, Stage, chain, leftovers, references, run_state, same
+
+Start = Callable[..., BareQemu]
+IN_THE_DATA = [
+    dying.at_call(PackWriter, "add", 3),
+    dying.at_call(Pull, "finish_segment"),
+    dying.at_call(BackupBuilder, "finish"),
+    dying.at_call(PackWriter, "flush"),
+    dying.at_call(LocalStore, "save", 2),
+    dying.at_call(Repository, "save_index"),
+    dying.at_call(Repository, "save_index", after=True),
+    dying.at_call(Repository, "save_snapshot"),
+    dying.at_call(Repository, "save_snapshot", after=True),
+]
+
+
+@pytest.fixture(autouse=True)
+def small_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Locks that need not settle: nobody else is at these repositories, and there are many backups."""
+    monkeypatch.setattr(locks, "SETTLE", 0.0)
+    yield
+
+
+class Life:
+    """A running domain with two disks, its backups, and what each of them must hold."""
+
+    def __init__(self, place: Path, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stage = Stage(place)
+        monkeypatch.setattr("pullback.engine.domain.DEFAULT_BASE", str(self.stage.scratch))
+        disks = [self.stage.disk("vda", 2 * MIB + 512), self.stage.disk("vdb", MIB)]
+        self.qemu = start(disks, running=True)
+        self.states: dict[str, dict[str, bytes]] = {}
+        self._fill = 0
+        self.go_on()
+        self.backup(mode="full")
+
+    def go_on(self) -> None:
+        """The domain writes something."""
+        self._fill = self._fill % 250 + 1
+        self.qemu.device_write("vda", (self._fill * 37) % 30 * 64 * KIB, 70 * KIB, self._fill)
+        self.qemu.device_write("vdb", (self._fill * 11) % 15 * 64 * KIB, 4096, self._fill)
+        self.qemu.device_zero("vda", (self._fill * 53) % 30 * 64 * KIB, 64 * KIB, unmap=True)
+
+    def backup(self, mode: str = "incremental") -> None:
+        state = references(self.qemu)
+        made = self.stage.backup(self.qemu)
+        assert {disk.mode for disk in made.manifest.disks} == {mode}
+        self.states[made.id] = state
+        self.judge(made.id)
+
+    def judge(self, backup: str) -> None:
+        repository = open_repository(self.stage.repo)
+        same({disk: read_disk(repository, backup, disk) for disk in ("vda", "vdb")}, self.states[backup])
+
+    def hit(self, point: dying.Point, number: signal.Signals) -> tuple[int, bool]:
+        """A backup hit at ``point``: its exit code, and whether the backup is there nevertheless, and then right."""
+        self.go_on()
+        code = dying.hit_backup(self.stage, self.qemu, point, number)
+        extra = set(self.stage.listed()) - set(self.states)
+        assert len(extra) <= 1
+        for backup in extra:
+            self.states[backup] = references(self.qemu)
+            self.judge(backup)
+        return code, bool(extra)
+
+    def chains(self) -> list[dict[str, bool]]:
+        return [chain(self.qemu, disk) for disk in ("vda", "vdb")]
+
+    def nothing_left(self) -> None:
+        assert leftovers(self.qemu, self.stage.scratch) == []
+        assert list((self.stage.repo / "locks").iterdir()) == []
+        for names in self.chains():
+            assert sum(names.values()) == 1
+
+    def recovers(self, point: dying.Point) -> None:
+        """Killed at ``point``; the domain runs on, and the next backup mends everything."""
+        code, _ = self.hit(point, signal.SIGKILL)
+        assert code == -signal.SIGKILL
+        wait_for(lambda: run_state(self.qemu) == "running", "the domain to run again", timeout=3)
+        self.go_on()
+        self.backup()
+        self.nothing_left()
+        assert [len(names) <= 4 for names in self.chains()] == [True, True]
+
+    def takes_back(self, point: dying.Point, number: signal.Signals) -> bool:
+        """Interrupted at ``point``; all is as it was at once, or the backup was made.  Whether it was taken back."""
+        before = self.chains()
+        code, made = self.hit(point, number)
+        assert code == (0 if made else 130)
+        assert run_state(self.qemu) == "running"
+        self.nothing_left()
+        if not made:
+            assert self.chains() == before
+        return not made
+
+
+@pytest.fixture
+def life(lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch) -> Life:
+    return Life(lab_dir, bare_qemu, monkeypatch)
+
+
+def test_killed_before_every_command(life: Life) -> None:
+    count = dying.commands_of(life.stage, life.qemu)
+    life.states |= {backup: references(life.qemu) for backup in life.stage.listed() if backup not in life.states}
+    assert count > 40
+    for at in range(1, count):
+        life.recovers(dying.before_command(at))
+    life.stage.restic.check()
+
+
+def test_killed_while_qemu_works_on_a_command(life: Life) -> None:
+    count = dying.commands_of(life.stage, life.qemu)
+    life.states |= {backup: references(life.qemu) for backup in life.stage.listed() if backup not in life.states}
+    for at in range(1, count, 2):
+        life.recovers(dying.after_sending(at))
+
+
+def test_killed_while_data_flows(life: Life) -> None:
+    for point in IN_THE_DATA:
+        life.recovers(point)
+    life.stage.restic.check()
+
+
+def test_interrupted_at_every_command(life: Life) -> None:
+    count = dying.commands_of(life.stage, life.qemu)
+    life.states |= {backup: references(life.qemu) for backup in life.stage.listed() if backup not in life.states}
+    taken_back = [
+        life.takes_back(dying.before_command(at), signal.SIGINT if at % 2 else signal.SIGTERM) for at in range(1, count)
+    ]
+    assert taken_back.count(True) >= count - 4
+    life.go_on()
+    life.backup()
+
+
+def test_interrupted_while_data_flows(life: Life) -> None:
+    taken_back = [life.takes_back(point, signal.SIGTERM) for point in IN_THE_DATA]
+    assert taken_back == [True] * 3 + [False] * 6
+    life.go_on()
+    life.backup()
+    life.stage.restic.check()
