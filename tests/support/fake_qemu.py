@@ -23,6 +23,10 @@ class QemuError(Exception):
     """What QEMU would answer with an error."""
 
 
+class QemuAborted(Exception):
+    """What would end QEMU, and the domain with it: no plan may ever do it."""
+
+
 @dataclass(slots=True)
 class FakeBitmap:
     """``blocks`` are the dirty ones; ``removed`` within a transaction: the name stays taken until it commits."""
@@ -154,7 +158,8 @@ class FakeQemu:
     def _do_qom_set(self, arguments: Json) -> None:
         target = arguments["path"].split("/")[3]
         self._get(self.nodes, arguments["value"])
-        self._get(self.roots, target)
+        if self._get(self.roots, target) == arguments["value"]:
+            raise QemuAborted(f"{target} sits on {arguments['value']} already (bdrv_replace_child_noperm, 7.2.22)")
         self.roots[target] = arguments["value"]
 
     def _do_nbd_server_start(self, _: Json) -> None:

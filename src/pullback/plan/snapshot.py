@@ -106,6 +106,7 @@ def _add_filter(part: DiskSnapshot) -> Step:
 
 
 def _insert(part: DiskSnapshot) -> Step:
+    """Put the filter under the device.  Naming the node it sits on already would abort QEMU (seen on 7.2.22)."""
     return Step(
         "qom-set",
         {"path": part.disk.qdev, "property": "drive", "value": part.filter},
