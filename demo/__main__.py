@@ -4,32 +4,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 
+from demo import interrupts
+from demo.interrupts import Interrupted
 from demo.narration import DemoFailed, Narrator
 from demo.story import Story
 from lab.processes import LabError
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Interrupted(BaseException):
-    """A signal asked the demo to end."""
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    _ignore_signals()
-    raise Interrupted
-
-
-def _ignore_signals() -> None:
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _run(narrator: Narrator) -> None:
@@ -38,13 +22,12 @@ def _run(narrator: Narrator) -> None:
         try:
             Story(place, narrator, stack).tell()
         finally:
-            _ignore_signals()  # cleaning up is short, and must not be left half done
+            interrupts.ignore()  # cleaning up is short, and must not be left half done
 
 
 def main() -> int:
     """Run the demo; its exit code."""
-    for number in _SIGNALS:
-        signal.signal(number, _interrupt)
+    interrupts.watch()
     narrator = Narrator()
     try:
         _run(narrator)

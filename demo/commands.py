@@ -13,11 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from demo.interrupts import held_back
 from demo.narration import DemoFailed, Narrator
 
 PULLBACK = Path(sys.executable).with_name("pullback")
@@ -98,25 +99,29 @@ class Commands:
     def _started(self, command: tuple[str, ...], merge: bool = False) -> Iterator[subprocess.Popen[str]]:
         """A running command, ended in any case: by the kernel when we die, and when it takes too long."""
         program = str(PULLBACK) if command[0] == "pullback" else command[0]
-        child = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", program, *command[1:]],
-            cwd=self._place,
-            env=self._env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if merge else None,
-            text=True,
-        )
-        limit = threading.Timer(LIMIT, child.kill)
-        limit.start()
-        try:
+        with ExitStack() as stack:
+            with held_back():
+                child = subprocess.Popen(
+                    ["setpriv", "--pdeathsig", "KILL", program, *command[1:]],
+                    cwd=self._place,
+                    env=self._env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT if merge else None,
+                    text=True,
+                )
+                limit = threading.Timer(LIMIT, child.kill)
+                stack.callback(_end, child, limit)
+                limit.start()
             yield child
-        finally:
-            limit.cancel()
-            child.kill()
-            child.wait()
-            if child.stdout is not None:
-                child.stdout.close()
+
+
+def _end(child: subprocess.Popen[str], limit: threading.Timer) -> None:
+    limit.cancel()
+    child.kill()
+    child.wait()
+    if child.stdout is not None:
+        child.stdout.close()
 
 
 def _hold(child: subprocess.Popen[str], meanwhile: Callable[[], None]) -> float:

@@ -62,20 +62,22 @@ def test_the_whole_story(start_demo: Callable[[], subprocess.Popen[str]], lab_di
     assert list(lab_dir.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "moment", "step"), [(signal.SIGINT, "2. It writes", 2), (signal.SIGTERM, "$ pullback backup", 4)]
+)
 def test_an_interrupted_demo_leaves_nothing(
-    start_demo: Callable[[], subprocess.Popen[str]], lab_dir: Path, number: signal.Signals
+    start_demo: Callable[[], subprocess.Popen[str]], lab_dir: Path, number: signal.Signals, moment: str, step: int
 ) -> None:
     with start_demo() as process:
         assert process.stdout is not None and process.stderr is not None
         for line in process.stdout:
-            if "$ pullback backup" in line:
+            if moment in line:
                 break
         assert any("qemu-system" in command for command in _processes_of(lab_dir))
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "interrupted in step 4" in errors
+    assert f"interrupted in step {step} " in errors
     assert list(lab_dir.iterdir()) == []
     wait_for(lambda: not _processes_of(lab_dir), "the end of all that the demo had started", timeout=5)
 
