@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -192,3 +193,28 @@ def test_functions_are_short():
     unexplained = {name: lines for name, lines in long.items() if name not in LONG}
     assert not unexplained, f"over {LONGEST_FUNCTION} lines: {unexplained}"
     assert set(LONG) <= set(long), f"short again, take them off the list: {set(LONG) - set(long)}"
+
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+
+
+def test_the_page_on_architecture_draws_every_package_and_every_decision():
+    tree = ARCHITECTURE.partition("## The tree")[2].partition("## Who may")[0]
+    for package in MAY_IMPORT:
+        assert f"  {package}{'.py' if package == 'errors' else '/'} " in tree, package
+    words = set(re.findall(r"\w+", tree))
+    missing = [module.name for module in MODULES if module.package in PURE and "." in module.name]
+    missing = [name for name in missing if name.split(".")[1] not in words]
+    assert not missing, f"docs/architecture.md does not say what these are for: {missing}"
+
+
+def test_the_page_on_architecture_names_only_what_there_is():
+    dotted = set(re.findall(rf"`((?:{'|'.join(MAY_IMPORT)})(?:\.\w+)+)`", ARCHITECTURE))
+    assert len(dotted) > 10
+    for name in dotted - {"errors.py"}:
+        module = next(one for one in sorted(MODULES, key=lambda one: -len(one.name)) if name.startswith(one.name + "."))
+        defined = {place for place, _ in module.functions()}
+        defined |= {f"{module.name}.{node.name}" for node in module.tree.body if isinstance(node, ast.ClassDef)}
+        assert name in defined, name
+    for name in re.findall(r"`((?:src|tests|[a-z]+)/[\w/]+(?:\.py)?)/?`", ARCHITECTURE):
+        assert (ROOT / name).exists() or (SOURCE / name).exists(), name
