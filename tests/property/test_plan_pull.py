@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from itertools import pairwise
 from unittest import mock
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pullback.model.extents import FLAG_DIRTY, FLAG_ZERO, Cover, Span, allocation, complement, dirty_spans, merged
 from pullback.plan import pull
 from pullback.plan.pull import Act, SegmentPull
+
+# The machine may be busy: how long an example takes says nothing.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 CHUNK, SEGMENT = 4, 16
 
@@ -59,6 +62,7 @@ runs = st.lists(st.tuples(st.tuples(st.booleans(), st.booleans()), st.integers(1
 breaks = st.sets(st.integers(0, 240), max_size=20)
 
 
+@unhurried
 @given(disk=disks | runs, cuts=breaks, whole=st.sets(st.integers(0, 20), max_size=3))
 def test_every_changed_byte_is_read_or_zero_and_nothing_else_is_touched(
     disk: list[tuple[bool, bool]], cuts: set[int], whole: set[int]
@@ -117,6 +121,7 @@ def _acts(segments: list[SegmentPull], size: int) -> dict[int, Act]:
     return acts
 
 
+@unhurried
 @given(size=st.integers(0, 200))
 def test_the_grid_is_its_own(size: int) -> None:
     with small():
@@ -132,17 +137,20 @@ def test_the_grid_is_its_own(size: int) -> None:
 ascending = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=12).map(sorted)
 
 
+@unhurried
 @given(spans=ascending)
 def test_merged_spans_hold_the_same_bytes(spans: list[tuple[int, int]]) -> None:
     assert bytes_of(merged(spans)) == {byte for offset, length in spans for byte in range(offset, offset + length)}
 
 
+@unhurried
 @given(spans=ascending, size=st.integers(70, 90))
 def test_the_complement_is_the_rest(spans: list[tuple[int, int]], size: int) -> None:
     inside = bytes_of(merged(spans))
     assert bytes_of(complement(merged(spans), size)) == set(range(size)) - inside
 
 
+@unhurried
 @given(spans=ascending, questions=ascending)
 def test_a_cover_says_what_looking_at_every_byte_says(
     spans: list[tuple[int, int]], questions: list[tuple[int, int]]
