@@ -43,10 +43,14 @@ def wait_for(condition: Callable[[], T | None], what: str, timeout: float = 10.0
 
 
 def run(argv: Sequence[str | Path], *, timeout: float = 120.0, cwd: Path | None = None) -> bytes:
-    """Run a command to its end and return its standard output; LabError holds what it said if it failed."""
+    """Run a command to its end and return its standard output; LabError holds what it said if it failed.
+
+    mkfs and its kin are where only root's PATH leads, and need no root.
+    """
+    env = {**os.environ, "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"}
     try:
         done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=False, cwd=cwd
+            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=False, cwd=cwd, env=env
         )
     except FileNotFoundError as error:
         raise LabError(f"{argv[0]} is not installed; scripts/setup installs what the laboratory needs") from error
