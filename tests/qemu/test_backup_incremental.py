@@ -192,6 +192,29 @@ def test_a_shrink_and_a_growth_do_not_bring_old_data_back(lab_dir: Path, bare_qe
     assert grown.manifest.disks[0].mode == "full"
 
 
+@pytest.mark.parametrize("size", [2 * MIB, 2 * MIB + 100 * KIB, 512])
+def test_a_shrink_and_a_growth_between_two_backups(lab_dir: Path, bare_qemu: Start, size: int) -> None:
+    """Nothing is dirty then, and the end of the disk is zero."""
+    stage = Stage(lab_dir)
+    qemu = bare_qemu([stage.disk("vda", 4 * MIB)])
+    qemu.device_write("vda", 0, 3 * MIB, 0x91)
+    stage.backup(qemu)
+    qemu.qmp("block_resize", node_name="node-vda", size=size)
+    qemu.qmp("block_resize", node_name="node-vda", size=4 * MIB)
+    qemu.device_write("vda", 2 * MIB + 700 * KIB, 4096, 0x92)
+    state = references(qemu)
+    assert sum(bitmap["count"] for bitmap in qemu.bitmaps("vda").values()) <= 64 * KIB
+    backup = stage.backup(qemu)
+    same(stage.contents(backup.id), state)
+    assert backup.manifest.disks[0].mode == "full"
+    assert "shrinking" in backup.manifest.disks[0].reason
+    qemu.device_write("vda", 0, 4096, 0x93)
+    state = references(qemu)
+    again = stage.backup(qemu)
+    assert again.manifest.disks[0].mode == "incremental"
+    same(stage.contents(again.id), state)
+
+
 def test_the_plan_is_told_before_the_freeze(lab_dir: Path, bare_qemu: Start) -> None:
     stage = Stage(lab_dir)
     qemu = bare_qemu([stage.disk("vda", MIB)])

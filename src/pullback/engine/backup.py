@@ -25,13 +25,13 @@ from pullback.engine.domain import Snapshot as DomainSnapshot
 from pullback.engine.events import DiskPlanned, Emit, Frozen, Note, Progress
 from pullback.engine.pull import Pull
 from pullback.engine.survey import Survey, survey
-from pullback.errors import DomainError, DomainUnreachable, NbdDisconnected
+from pullback.errors import Damaged, DomainError, DomainUnreachable, NbdDisconnected, RepositoryUnsupported
 from pullback.model.chain import read_chain
 from pullback.model.facts import Disk, Facts
 from pullback.model.manifest import BaseRef, DiskEntry, Manifest, parse_manifest
 from pullback.model.units import MIB, SEGMENT
 from pullback.nbd.address import UnixAddress
-from pullback.plan.base import Base, Incremental, StoredPoint, choose_bases
+from pullback.plan.base import Base, Full, Incremental, StoredPoint, choose_bases
 from pullback.plan.retention import checkpoint_name, checkpoints_to_remove
 from pullback.plan.selection import Selection, refuse_unsafe, select_disks
 from pullback.qemu.monitor import Trace
@@ -128,9 +128,9 @@ async def _backup(
 ) -> BackupResult:
     if await domain.clear_stale():
         emit(Note("Cleared what a backup that was killed had left in QEMU."))
-    prepared = await _prepare(domain, repository, request)
+    prepared = await _prepare(domain, repository, request, emit)
     _tell(prepared, emit)
-    work = _Work(repository, request, prepared)
+    work = _Work(repository, request, prepared, emit)
     try:
         await _store(domain, work, emit)
         await _forget_checkpoints(domain, repository.id, prepared, request.keep_checkpoints, emit)
@@ -185,7 +185,7 @@ async def _was_it_qemu(domain: Domain, error: NbdDisconnected) -> None:
         ) from error
 
 
-async def _prepare(domain: Domain, repository: Repository, request: BackupRequest) -> _Prepared:
+async def _prepare(domain: Domain, repository: Repository, request: BackupRequest, emit: Emit) -> _Prepared:
     facts = await domain.observe()
     name = check_name(request.name or facts.name or Path(request.socket).stem, "domain")
     selection = select_disks(facts, request.disks)
@@ -194,17 +194,23 @@ async def _prepare(domain: Domain, repository: Repository, request: BackupReques
     refuse_unsafe(facts, selection.disks)
     chains = {disk.target: read_chain(disk.bitmaps) for disk in selection.disks}
     bases = await asyncio.to_thread(
-        lambda: choose_bases(selection.disks, chains, _points(repository, name), request.full)
+        lambda: choose_bases(selection.disks, chains, _points(repository, name, emit), request.full)
     )
     tracked = any(not disk.untracked for disk in selection.disks)
     checkpoint = checkpoint_name(repository.id, datetime.now(UTC), secrets.token_hex(2)) if tracked else None
     return _Prepared(name, facts, selection, bases, checkpoint)
 
 
-def _points(repository: Repository, domain: str) -> Iterator[StoredPoint]:
+def _points(repository: Repository, domain: str, emit: Emit) -> Iterator[StoredPoint]:
     for snapshot in reversed(repository.snapshots(domain)):
-        if "pullback" in snapshot.tags:
-            yield StoredPoint(snapshot.id, parse_manifest(StoredBackup(repository, snapshot).manifest_bytes()))
+        if "pullback" not in snapshot.tags:
+            continue
+        try:
+            manifest = parse_manifest(StoredBackup(repository, snapshot).manifest_bytes())
+        except (Damaged, RepositoryUnsupported) as error:
+            emit(Note(f"Passing over backup {snapshot.short_id} as a base, it cannot be read: {error.what}."))
+            continue
+        yield StoredPoint(snapshot.id, manifest)
 
 
 def _tell(prepared: _Prepared, emit: Emit) -> None:
@@ -226,7 +232,9 @@ class _Work:
         repository: Repository,
         request: BackupRequest,
         prepared: _Prepared,
+        emit: Emit,
     ) -> None:
+        self._emit = emit
         self._repository = repository
         self.request = request
         self.prepared = prepared
@@ -278,7 +286,18 @@ class _Work:
         base = self.prepared.bases[disk.target]
         stored = (self._stored[base.backup], base.checkpoint) if isinstance(base, Incremental) else None
         address = UnixAddress(self._export.socket)
-        return survey(address, disk.target, disk.virtual_size, stored, let_go=True, exact=self._export.exact)
+        try:
+            found = survey(address, disk.target, disk.virtual_size, stored, let_go=True, exact=self._export.exact)
+        except Damaged as error:
+            raise Damaged(
+                f"the last backup cannot be built on: {error.what}",
+                means="No backup was stored.",
+                todo="Run the backup with --full, and look into the repository with restic check.",
+            ) from error
+        if found.distrust:
+            self.prepared.bases[disk.target] = Full(found.distrust)
+            self._emit(Note(f"Reading {disk.target} whole after all: {found.distrust}."))
+        return found
 
     def _describe(self, pull: Pull) -> Manifest:
         entries = []

@@ -7,12 +7,15 @@ server walk the whole allocation of the disk as well.
 
 from __future__ import annotations
 
+import bisect
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pullback.engine.pull import REQUEST, DiskSource, read_failed
 from pullback.errors import NbdRefused
 from pullback.model.extents import Extent, Span, allocation, dirty_spans
+from pullback.model.units import align_up
 from pullback.nbd.address import UnixAddress
 from pullback.nbd.blocking import NbdConnection
 from pullback.plan.pull import (
@@ -26,19 +29,23 @@ from pullback.plan.pull import (
     touched_segments,
 )
 from pullback.plan.snapshot import SAVED_UNIT, saved_name
-from pullback.repository.layout import SegmentRef, StoredBackup
+from pullback.repository.blob import BlobId, blob_id
+from pullback.repository.layout import SEGMENT, SegmentRef, StoredBackup
 
 ALLOCATION = "base:allocation"
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What will be read of one disk; ``kept`` are segments that stay as the base has them."""
+    """What will be read of one disk; ``kept`` are segments that stay as the base has them.
+
+    ``distrust`` says why the base was not used after all.
+    """
 
     source: DiskSource
     reads: list[Span]
     kept: list[SegmentRef]
-    changed: int
+    distrust: str = ""
 
     @property
     def to_read(self) -> int:
@@ -79,8 +86,13 @@ def survey(
     kept: list[SegmentRef] = []
     chunks: dict[int, bytes] = {}
     whole: list[int] = []
+    distrust = ""
     if base:
         kept, chunks, whole = _base(base[0], target, size, dirty)
+        if kept or chunks:
+            distrust = _distrust(address, target, base[0], dirty)
+    if distrust:
+        kept, chunks, whole, dirty = [], {}, [], [Span(0, size)]
     fetch = fetch_spans(dirty, size, whole)
     try:
         with NbdConnection.connect(address, target, contexts=[ALLOCATION]) as connection:
@@ -93,7 +105,7 @@ def survey(
     except NbdRefused as error:
         raise read_failed(target, error) from error
     source = DiskSource(target, address, plan_segments(fetch, reads, size), chunks, REQUEST if exact else SAVED_UNIT)
-    return Survey(source, reads, kept, sum(span.length for span in dirty))
+    return Survey(source, reads, kept, distrust)
 
 
 def _base(
@@ -116,6 +128,54 @@ def _base(
         else:
             whole.append(segment.number)
     return kept, chunks, whole
+
+
+def _distrust(address: UnixAddress, target: str, backup: StoredBackup, dirty: Sequence[Span]) -> str:
+    """Why what is clean may not be what the base holds; empty when it is.
+
+    A disk that was shrunk and then grown again has lost its end without a bit being set (seen on QEMU 7.2).  Then the
+    last clean piece that the base has data of is lost too: it is enough to compare that one.
+    """
+    last = _last_data(backup, target, dirty)
+    if last is None:
+        return ""
+    span, blob = last
+    data = bytearray(span.length)
+    try:
+        with NbdConnection.connect(address, target) as connection:
+            at = span.offset
+            while at < span.end:
+                end = min(align_up(at + 1, SAVED_UNIT), span.end)
+                connection.read_into(at, memoryview(data)[at - span.offset : end - span.offset])
+                at = end
+    except NbdRefused as error:
+        raise read_failed(target, error) from error
+    if blob_id(data) == blob:
+        return ""
+    return "content changed without a trace in the dirty bitmaps, as after shrinking and growing the disk"
+
+
+def _last_data(backup: StoredBackup, target: str, dirty: Sequence[Span]) -> tuple[Span, BlobId] | None:
+    """The last piece of the base that is not zero and shares no byte with ``dirty``."""
+    ends = [span.end for span in dirty]
+    zeroes: set[BlobId] = set()
+    zero_of = functools.cache(lambda length: blob_id(bytes(length)))
+    for segment in reversed(backup.segments(target)):
+        if segment.subtree_id in zeroes:
+            continue
+        end = segment.number * SEGMENT + segment.size
+        only_zero = True
+        for blob, length in reversed(backup.content(segment)):
+            end -= length
+            if blob == zero_of(length):
+                continue
+            only_zero = False
+            later = bisect.bisect_right(ends, end)
+            if later == len(dirty) or dirty[later].offset >= end + length:
+                return Span(end, length), blob
+        if only_zero:
+            zeroes.add(segment.subtree_id)
+    return None
 
 
 def _trim(connection: NbdConnection, spans: Sequence[Span]) -> None:
