@@ -94,4 +94,4 @@ def test_old_qemu(version: tuple[int, int, int], taken: bool):
 
 def test_nothing_to_put_a_filter_under():
     assert "belongs to no device" in refused((10, 0, 0), qdev="")
-    assert "belongs to no device" in refused((10, 0, 0), qdev="nvme0", device_type="")
+    assert "belongs to no device" in refused((10, 0, 0), qdev="/machine/peripheral/gone", device_type="")

@@ -83,7 +83,7 @@ def refuse_unsafe(facts: Facts, disks: Sequence[Disk]) -> None:
                 todo="Use QEMU 9.0 or newer, remove the iothread= property of the device (or of its virtio-scsi"
                 " controller), or leave the disk out by naming the others with --disk.",
             )
-        if not disk.qdev or not disk.device_type:  # an nvme controller has a name, but no such QOM path (seen on 7.2)
+        if not disk.qdev or not disk.device_type:  # without a type its QOM path leads nowhere
             raise Refused(
                 f"disk {disk.target} of domain {facts.name} belongs to no device that QEMU can put a filter under",
                 means="Nothing was touched, no backup was made.",
