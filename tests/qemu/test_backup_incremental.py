@@ -41,18 +41,24 @@ def test_two_disks_full_then_incremental(lab_dir: Path, bare_qemu: Start) -> Non
     stage.restic.check()
 
 
-@pytest.mark.parametrize("bus", ["virtio", "scsi", "ide", "usb", "drive"])
+@pytest.mark.parametrize("bus", ["virtio", "scsi", "ide", "usb", "nvme", "drive"])
 def test_every_kind_of_device(lab_dir: Path, bare_qemu: Start, bus: str) -> None:
     stage = Stage(lab_dir)
     qemu = bare_qemu([stage.disk("d0", 2 * MIB, bus=bus)], running=True)
     qemu.device_write("d0", 0, MIB, 0x31)
+
+    def write(event: Event) -> None:
+        if isinstance(event, Frozen):
+            qemu.device_write("d0", 700 * KIB, 4096, 0x33)
+
     first_state = references(qemu)
-    first = stage.backup(qemu)
+    first = stage.backup(qemu, write)
     qemu.device_write("d0", 512 * KIB, 4096, 0x32)
     second_state = references(qemu)
     second = stage.backup(qemu)
-    assert [disk.mode for disk in second.manifest.disks] == ["incremental"]
+    assert [(disk.target, disk.mode) for disk in second.manifest.disks] == [("d0", "incremental")]
     assert second.bytes_read == 256 * KIB
+    assert first_state != second_state
     same(stage.contents(first.id), first_state)
     same(stage.contents(second.id), second_state)
     assert leftovers(qemu, stage.scratch) == []

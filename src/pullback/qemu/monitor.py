@@ -36,7 +36,7 @@ Trace = Callable[[str, Mapping[str, Any], Any], None]
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who listens on a unix socket: process, user and group id as the kernel knows them."""
+    """Who listens on a unix socket: process, and the user and group it acts as."""
 
     pid: int
     uid: int
@@ -66,7 +66,19 @@ def dial(path: str) -> Line:
     except OSError as error:
         link.close()
         raise _no_connection(path, error) from error
-    return Line(link, path, Peer(*struct.unpack("3i", credentials)))
+    return Line(link, path, _acting(*struct.unpack("3i", credentials)))
+
+
+def _acting(pid: int, uid: int, gid: int) -> Peer:
+    """The listener with the user it acts as now; it may have been root when it began to listen (QEMU's -runas)."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return Peer(pid, uid, gid)
+    ids = {key: value.split() for key, _, value in (line.partition(":") for line in lines)}
+    if not ids.get("Name", [""])[0].startswith("qemu"):
+        return Peer(pid, uid, gid)
+    return Peer(pid, int(ids["Uid"][3]), int(ids["Gid"][3]))
 
 
 def _in_use(path: str) -> DomainBusy:
