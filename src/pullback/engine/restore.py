@@ -221,6 +221,8 @@ def _create_image(path: Path, image_format: ImageFormat, size: int) -> None:
     )
     if done.returncode != 0:
         raise RestoreError(f"qemu-img cannot create {path}: {done.stderr.decode(errors='replace').strip()}")
+    # A disk holds what its domain kept to itself.
+    path.chmod(0o600)
 
 
 def _daemon_options(
