@@ -6,12 +6,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lab.qemu import BareQemu
 from pullback.engine.events import DiskPlanned, Event, Frozen
 from pullback.nbd.blocking import NbdConnection
+from pullback.qemu.monitor import Monitor
+from tests.support.dying import changes_something
 from tests.support.product import KIB, MIB, Stage, chain, leftovers, reference, references, same
 
 Start = Callable[..., BareQemu]
@@ -92,6 +95,41 @@ def test_writes_during_a_backup_are_in_the_next_one(lab_dir: Path, bare_qemu: St
     for backup, state in zip(backups, states, strict=True):
         same(stage.contents(backup.id), state)
     assert [backup.manifest.disks[0].mode for backup in backups] == ["full", *["incremental"] * 3]
+
+
+@pytest.mark.parametrize("disks", [("vda",), ("vda", "vdb")])
+def test_a_write_between_any_two_commands_is_never_lost(
+    lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch, disks: tuple[str, ...]
+) -> None:
+    """Every granule is written once only: a bit that is not set at that moment is set at no other."""
+    stage = Stage(lab_dir)
+    qemu = bare_qemu([stage.disk(disk) for disk in disks], running=True)
+    frozen_by = "stop" if len(disks) > 1 else "qom-set"
+    execute, slot, paused = Monitor.execute, 0, False
+    states: list[dict[str, bytes]] = []
+
+    async def write_before(self: Monitor, command: str, *arguments: Any) -> Any:
+        nonlocal slot, paused
+        if changes_something(command) and not paused:
+            for disk in disks:
+                qemu.device_write(disk, slot * 64 * KIB + 512, 512, slot % 250 + 1)
+            slot += 1
+        if command == frozen_by and len(states) == len(backups):
+            states.append(references(qemu))
+        paused = command == "stop" or (paused and command != "cont")
+        return await execute(self, command, *arguments)
+
+    backups: list[str] = []
+    monkeypatch.setattr(Monitor, "execute", write_before)
+    for _ in range(3):
+        made = stage.backup(qemu)
+        backups.append(made.id)
+    assert 50 < slot < 128
+    states.append(references(qemu))
+    monkeypatch.setattr(Monitor, "execute", execute)
+    backups.append(stage.backup(qemu).id)
+    for backup, state in zip(backups, states, strict=True):
+        same(stage.contents(backup), state)
 
 
 def test_dirty_and_zero_is_restored_as_zero(lab_dir: Path, bare_qemu: Start) -> None:
