@@ -7,6 +7,7 @@ also has to cope with what the ones before it left.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -163,3 +164,31 @@ def test_interrupted_while_data_flows(life: Life) -> None:
     life.go_on()
     life.backup()
     life.stage.restic.check()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_command_is_hit_in_full_flow(lab_dir: Path, bare_qemu: Start, number: signal.Signals) -> None:
+    stage = Stage(lab_dir)
+    qemu = bare_qemu([stage.disk("vda", 64 * MIB), stage.disk("vdb", MIB)], running=True)
+    qemu.device_write("vda", 0, 64 * MIB, os.urandom(MIB + 512))
+    qemu.device_write("vdb", 0, 4096, 1)
+    with stage.running("backup", f"qmp:{qemu.qmp_path}", "--scratch", stage.scratch) as process:
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("frozen"):
+            assert process.poll() is None
+        process.send_signal(number)
+        said = process.stderr.read()
+        code = process.wait(timeout=30)
+    made = len(stage.listed())
+    if number == signal.SIGKILL:
+        assert (code, made) in ((-signal.SIGKILL, 0), (-signal.SIGKILL, 1), (0, 1))
+    else:
+        assert (code, made) in ((130, 0), (0, 1))
+        assert leftovers(qemu, stage.scratch) == []
+    if code == 130:
+        assert said == "pullback: interrupted; what was begun was taken back.\n"
+        assert chain(qemu) == {}
+    assert len(stage.restic.json("snapshots")) == made
+    state = references(qemu)
+    same(stage.contents(stage.backup(qemu).id), state)
+    assert leftovers(qemu, stage.scratch) == []
