@@ -102,7 +102,7 @@ class Life:
         """Killed at ``point``; the domain runs on, and the next backup mends everything."""
         code, _ = self.hit(point, signal.SIGKILL)
         assert code == -signal.SIGKILL
-        wait_for(lambda: run_state(self.qemu) == "running", "the domain to run again", timeout=3)
+        wait_for(lambda: run_state(self.qemu) == "running", "the domain to run again", timeout=5)
         self.go_on()
         self.backup()
         self.nothing_left()
