@@ -99,6 +99,15 @@ class SnapshotBroken(PullbackError):
 
     exit_code = 6
     means = "The domain kept running and lost no write; no backup was stored and the earlier ones are untouched."
+    todo = "Make room where the scratch is, or name another directory with --scratch, and run it again."
+
+    @classmethod
+    def of_disk(cls, target: str) -> SnapshotBroken:
+        """The frozen view of one disk cannot be read any more."""
+        return cls(
+            f"the frozen view of {target} was lost: old data could not be saved to the scratch (it is full, failing or"
+            " too slow)"
+        )
 
 
 class TransferError(PullbackError):

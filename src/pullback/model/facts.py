@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 #: Names of everything pullback adds to QEMU's block graph; a node name has at most 31 bytes.
 NODE_PREFIX = "pb-"
+#: Names of the nodes that hold the images of a stopped domain in its storage daemon.
+DISK_NODE = "disk-"
 #: Ids of the jobs and exports pullback creates.
 ID_PREFIX = "pullback-"
-#: A bitmap of this name on a frozen view says that QEMU's NBD server was started for it; the server cannot be asked.
-SERVER_MARK = "pullback-nbd-server"
+#: A feature: ``blockdev-backup`` can break the snapshot rather than the domain's write (QEMU 10.1).
+ON_CBW_ERROR = "blockdev-backup/on-cbw-error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +107,9 @@ class Disk:
 class Facts:
     """One observation of a QEMU process.
 
-    ``version`` is (major, minor, micro); ``run_state`` is ``query-status``'s word; ``commands`` are the names of
-    the QMP commands there are.
+    ``version`` is (major, minor, micro); ``run_state`` is ``query-status``'s word; ``features`` are abilities
+    that QEMU's schema tells of.  ``daemon`` says that it is a storage daemon on the images of a stopped domain: its
+    devices are the images themselves.
     """
 
     name: str
@@ -117,6 +120,8 @@ class Facts:
     nodes: Mapping[str, Node]
     exports: tuple[Export, ...] = ()
     jobs: tuple[Job, ...] = ()
+    features: frozenset[str] = frozenset()
+    daemon: bool = False
 
     @property
     def running(self) -> bool:

@@ -46,6 +46,18 @@ def _merge(node: str, target: str, sources: Sequence[str]) -> _Json:
     }
 
 
+def recording_actions(disks: Sequence[NodeChain], checkpoint: str) -> list[_Json]:
+    """What adds the bitmaps of a new checkpoint, recording."""
+    return [_add(disk.node, bitmap_name(checkpoint, disk.chain.last), recording=True) for disk in disks]
+
+
+def stop_actions(disks: Sequence[NodeChain]) -> list[_Json]:
+    """What stops the bitmaps that record now."""
+    return [
+        _on("disable", disk.node, edge.name) for disk in disks for edge in disk.chain.edges if edge.bitmap.recording
+    ]
+
+
 def start_recording(disks: Sequence[NodeChain], checkpoint: str) -> Step:
     """Add the bitmaps of a new checkpoint; from here on two record, so no write is missed.  Before the freeze."""
     return transaction(

@@ -21,6 +21,13 @@ class JobConcluded:
 
 
 @dataclass(frozen=True, slots=True)
+class JobGone:
+    """Wait until job ``id`` is listed no more; ``job-cancel`` only asks for it."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
 class ExportDeleted:
     """Wait until export ``id`` is gone; ``block-export-del`` only asks for it."""
 
@@ -37,7 +44,7 @@ class Step:
     execute: str
     arguments: Mapping[str, Any]
     why: str
-    wait: JobConcluded | ExportDeleted | None = None
+    wait: JobConcluded | JobGone | ExportDeleted | None = None
     optional: bool = False
 
 

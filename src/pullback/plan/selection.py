@@ -1,20 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which disks of a domain are backed up, which are left out and why, and what must not be touched at all."""
+"""Which disks of a domain are meant, and which are left out and why."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pullback.errors import Refused, UsageError
+from pullback.errors import UsageError
 from pullback.model.facts import Device, Disk, Facts
-
-#: QEMU's NBD server was reworked in 9.0; before it, a client that disconnects from an export of a disk on an I/O
-#: thread aborts the process (seen on 7.2.22: ``nbd_blockdev_client_closed``, qemu_in_main_thread).
-IOTHREAD_EXPORT_SAFE = (9, 0, 0)
-
-#: ``snapshot-access`` and ``copy-before-write`` with ``on-cbw-error`` came with this version.
-OLDEST_QEMU = (7, 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,29 +56,3 @@ def select_disks(facts: Facts, wanted: Sequence[str] = ()) -> Selection:
             means="; ".join(f"{target}: {reason}" for target, reason in skipped) + "." if skipped else "",
         )
     return Selection(tuple(disks), tuple(skipped))
-
-
-def refuse_unsafe(facts: Facts, disks: Sequence[Disk]) -> None:
-    """Refused when exporting one of these disks could end the domain's QEMU, or cannot work on it."""
-    version = ".".join(map(str, facts.version))
-    if facts.version < OLDEST_QEMU:
-        raise Refused(
-            f"QEMU {version} of domain {facts.name} is too old: snapshots need 7.1 or newer",
-            todo="Upgrade QEMU and restart the domain.",
-        )
-    for disk in disks:
-        if facts.version < IOTHREAD_EXPORT_SAFE and disk.iothread != "":
-            where = f"runs on I/O thread {disk.iothread}" if disk.iothread else "may run on an I/O thread"
-            raise Refused(
-                f"disk {disk.target} of domain {facts.name} {where}, and QEMU {version} can abort when an export"
-                " of such a disk is closed",
-                means="Nothing was touched, no backup was made.",
-                todo="Use QEMU 9.0 or newer, remove the iothread= property of the device (or of its virtio-scsi"
-                " controller), or leave the disk out by naming the others with --disk.",
-            )
-        if not disk.qdev or not disk.device_type:  # without a type its QOM path leads nowhere
-            raise Refused(
-                f"disk {disk.target} of domain {facts.name} belongs to no device that QEMU can put a filter under",
-                means="Nothing was touched, no backup was made.",
-                todo="Leave the disk out by naming the others with --disk.",
-            )

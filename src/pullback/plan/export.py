@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Offering frozen disks over NBD, with the changed blocks since checkpoints; and own disks, for writing.
+
+QEMU has one NBD server for all exports.  It cannot be asked where it listens, so each frozen view that is exported
+carries a mark that says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pullback.errors import DomainBusy, Refused
+from pullback.model.chain import Edge
+from pullback.model.facts import Facts
+from pullback.model.snapshots import Names, ServerMark, current_server, foreign_exports, server_mark
+from pullback.plan.command import ExportDeleted, Plan, Step
+from pullback.plan.freeze import add_mark
+
+TLS_OBJECT = "pullback-tls"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPart:
+    """One disk to export.
+
+    ``node`` is its frozen view (or, for writing, its own node) and ``disk_node`` the node its bitmaps are on.  Each of
+    ``since`` is a checkpoint with the edges that lead from it to the frozen instant.
+    """
+
+    names: Names
+    target: str
+    node: str
+    disk_node: str
+    name: str
+    since: tuple[tuple[str, tuple[Edge, ...]], ...] = ()
+
+    @property
+    def id(self) -> str:
+        return self.names.export(self.name)
+
+
+def _gather(part: ExportPart, checkpoint: str, edges: Sequence[Edge]) -> list[Step]:
+    sources: list[Any] = [{"node": part.disk_node, "name": edge.name} for edge in edges]
+    return [
+        Step(
+            "block-dirty-bitmap-add",
+            {"node": part.node, "name": checkpoint, "disabled": True, "persistent": False},
+            f"where {part.target}'s changes since {checkpoint} are gathered; gone with the frozen view",
+        ),
+        Step(
+            "block-dirty-bitmap-merge",
+            {"node": part.node, "target": checkpoint, "bitmaps": sources},
+            f"all edges from {checkpoint} to the snapshot",
+        ),
+    ]
+
+
+def _address(server: ServerMark) -> Mapping[str, Any]:
+    if server.kind == "unix":
+        return {"type": "unix", "data": {"path": server.place}}
+    host, _, port = server.place.rpartition(":")
+    return {"type": "inet", "data": {"host": host, "port": port}}
+
+
+def _start_server(server: ServerMark) -> list[Step]:
+    steps: list[Step] = []
+    arguments: dict[str, Any] = {"addr": _address(server)}
+    if server.tls is not None:
+        steps.append(
+            Step(
+                "object-add",
+                {"qom-type": "tls-creds-x509", "id": TLS_OBJECT, "dir": server.tls, "endpoint": "server"},
+                "the certificates; clients must show one signed by the same authority",
+            )
+        )
+        arguments["tls-creds"] = TLS_OBJECT
+    steps.append(Step("nbd-server-start", arguments, "QEMU's one NBD server"))
+    return steps
+
+
+def need_server(facts: Facts, server: ServerMark) -> bool:
+    """Whether the NBD server has to be started for an export at ``server``, or runs there already.
+
+    DomainBusy when somebody else's exports use QEMU's one server; Refused when ours listens elsewhere.
+    """
+    if foreign_exports(facts):
+        raise DomainBusy(
+            f"another program exports disks of domain {facts.name}, and QEMU has only one NBD server",
+            means="Nothing was exported.",
+            todo="Wait until that program has ended, or stop its export.",
+        )
+    running = current_server(facts)
+    if running is None:
+        return True
+    if running != server:
+        raise Refused(
+            f"QEMU's one NBD server listens at {running.place} already, for another export of ours",
+            means="Nothing was exported.",
+            todo=f"Export at {running.place} too, or stop the other export first.",
+        )
+    return False
+
+
+def start_export(
+    facts: Facts, parts: Sequence[ExportPart], server: ServerMark, *, start_server: bool, writable: bool
+) -> Plan:
+    """Export disks over NBD, with a context ``qemu:dirty-bitmap:CHECKPOINT`` for each of their ``since``.
+
+    ``writable`` on a frozen view lets the client trim, which lets ranges go; a write is refused by the node all the
+    same.
+    Changes that another export of the same view shows already are not gathered again.
+    """
+    steps: list[Step] = []
+    for part in parts:
+        there = {bitmap.name for bitmap in facts.nodes[part.node].bitmaps} if part.node in facts.nodes else set()
+        for checkpoint, edges in part.since:
+            if checkpoint not in there:
+                steps += _gather(part, checkpoint, edges)
+        if part.node not in facts.nodes or server_mark(facts.nodes[part.node]) is None:
+            steps.append(add_mark(part.node, server.bitmap_name(), "write down that the NBD server is ours, and where"))
+    if start_server:
+        steps += _start_server(server)
+    steps += [
+        Step(
+            "block-export-add",
+            {
+                "id": part.id,
+                "type": "nbd",
+                "node-name": part.node,
+                "name": part.name,
+                "writable": writable,
+                "bitmaps": [name for name, _ in part.since],
+            },
+            f"offer {part.target} as {part.name}",
+        )
+        for part in parts
+    ]
+    return Plan(tuple(steps))
+
+
+def disown_server(parts: Sequence[ExportPart], server: ServerMark) -> Plan:
+    """The NBD server that runs is somebody else's: take the marks that were to say it is ours back."""
+    return Plan(
+        tuple(
+            Step(
+                "block-dirty-bitmap-remove",
+                {"node": part.node, "name": server.bitmap_name()},
+                "the NBD server is not ours",
+                optional=True,
+            )
+            for part in parts
+        )
+    )
+
+
+def delete_export(export_id: str) -> Step:
+    """End one export, whoever is connected."""
+    return Step(
+        "block-export-del",
+        {"id": export_id, "mode": "hard"},
+        "end the export, clients or not",
+        wait=ExportDeleted(export_id),
+    )
+
+
+def stop_server(server: ServerMark | None) -> list[Step]:
+    """Stop our NBD server and drop its certificates."""
+    steps = [Step("nbd-server-stop", {}, "nobody exports any more", optional=True)]
+    if server is not None and server.tls is not None:
+        steps.append(Step("object-del", {"id": TLS_OBJECT}, "its certificates go with it", optional=True))
+    return steps

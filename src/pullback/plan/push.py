@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backing up without QEMU's NBD server: QEMU as client pushes frozen disks into a server of ours.
+
+It is for disks whose export could end QEMU (on an I/O thread, before 9.0), and for a QEMU whose one NBD server is in
+somebody else's hands.
+
+    snapshot-access ──blockdev-backup──► nbd (client) ──unix socket──► our server
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pullback.model.chain import Edge
+from pullback.model.facts import Disk, Facts
+from pullback.model.snapshots import Names, current_server, foreign_exports
+from pullback.model.units import CHUNK
+from pullback.plan.command import Plan, Step
+from pullback.plan.method import on_unsafe_iothread
+
+Transport = Literal["pull", "push"]
+
+#: The bitmap on a frozen view that says what to push.
+PUSH_BITMAP = "push"
+
+
+def choose_transport(facts: Facts, disks: Sequence[Disk]) -> Transport:
+    """Whether these disks are pulled over QEMU's NBD server, or pushed into ours."""
+    if any(on_unsafe_iothread(facts, disk) for disk in disks) or foreign_exports(facts):
+        return "push"
+    server = current_server(facts)
+    return "push" if server is not None and server.kind != "unix" else "pull"
+
+
+@dataclass(frozen=True, slots=True)
+class PushPart:
+    """One disk to push; ``edges`` lead from its base to the frozen instant, None pushes it whole.
+
+    ``view`` is the role of the node that is read: "view" where the plain one cannot be believed.
+    """
+
+    names: Names
+    target: str
+    disk_node: str
+    edges: tuple[Edge, ...] | None
+    view: str = "access"
+
+
+def _changes(part: PushPart, edges: Sequence[Edge]) -> list[Step]:
+    access = part.names.node(part.view)
+    sources: list[Any] = [{"node": part.disk_node, "name": edge.name} for edge in edges]
+    return [
+        Step(
+            "block-dirty-bitmap-add",
+            # As coarse as the chunks of the repository, so that every chunk with a change is pushed whole.
+            {"node": access, "name": PUSH_BITMAP, "disabled": True, "persistent": False, "granularity": CHUNK},
+            f"what of {part.target} is to be pushed, in whole chunks",
+        ),
+        Step(
+            "block-dirty-bitmap-merge",
+            {"node": access, "target": PUSH_BITMAP, "bitmaps": sources},
+            f"all that changed in {part.target} since its base",
+        ),
+    ]
+
+
+def start_push(parts: Sequence[PushPart], socket: str) -> Plan:
+    """Start a job for each disk that pushes it, or its changes, to the export of its target's name at ``socket``."""
+    steps: list[Step] = []
+    for part in parts:
+        how: dict[str, Any] = {"sync": "full"}
+        if part.edges is not None:
+            steps += _changes(part, part.edges)
+            how = {"sync": "bitmap", "bitmap": PUSH_BITMAP, "bitmap-mode": "never"}
+        target = part.names.node("target")
+        steps.append(
+            Step(
+                "blockdev-add",
+                {
+                    "driver": "nbd",
+                    "node-name": target,
+                    "server": {"type": "unix", "path": socket},
+                    "export": part.target,
+                },
+                f"connect to our server, for {part.target}",
+            )
+        )
+        job = {
+            "job-id": part.names.id("push"),
+            "device": part.names.node(part.view),
+            "target": target,
+            "auto-dismiss": False,
+            **how,
+        }
+        steps.append(Step("blockdev-backup", job, f"push the frozen {part.target} to us"))
+    return Plan(tuple(steps))
