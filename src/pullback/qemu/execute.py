@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from qemu.qmp import EventListener
 
 from pullback.errors import CommandFailed, DomainUnreachable
-from pullback.plan.command import ExportDeleted, JobConcluded, Paused, Plan, Step
+from pullback.plan.command import ExportDeleted, JobConcluded, JobGone, Paused, Plan, Step
 from pullback.qemu.guard import Guard
 from pullback.qemu.monitor import REPLY_TIMEOUT, Monitor
 
@@ -27,6 +27,15 @@ async def _job_concluded(monitor: Monitor, job_id: str, events: EventListener) -
             await monitor.execute("job-dismiss", {"id": job_id})
             if "error" in job:
                 raise CommandFailed(f"job {job_id}", "GenericError", job["error"])
+            return
+        await _next(monitor, events, f"job {job_id} to end")
+
+
+async def _job_gone(monitor: Monitor, job_id: str, events: EventListener) -> None:
+    """Wait until a cancelled job is no more; one that does not dismiss itself is dismissed."""
+    while job := next((job for job in await monitor.execute("query-jobs") if job["id"] == job_id), None):
+        if job["status"] == "concluded":
+            await monitor.execute("job-dismiss", {"id": job_id})
             return
         await _next(monitor, events, f"job {job_id} to end")
 
@@ -60,6 +69,10 @@ async def _run_step(monitor: Monitor, step: Step) -> None:
             async with monitor.events("JOB_STATUS_CHANGE") as events:
                 await monitor.execute(step.execute, step.arguments)
                 await _job_concluded(monitor, job_id, events)
+        case JobGone(job_id):
+            async with monitor.events("JOB_STATUS_CHANGE") as events:
+                await monitor.execute(step.execute, step.arguments)
+                await _job_gone(monitor, job_id, events)
         case ExportDeleted(export_id):
             async with monitor.events("BLOCK_EXPORT_DELETED") as events:
                 await monitor.execute(step.execute, step.arguments)
@@ -90,7 +103,7 @@ async def _continue(monitor: Monitor, guard: Guard) -> None:
 
 
 async def _run_paused(monitor: Monitor, action: Paused) -> float:
-    guard = Guard(monitor.path)
+    guard = Guard([("qmp", monitor.path)])
     try:
         await guard.ready()
         for step in action.before:

@@ -44,6 +44,16 @@ class Peer:
 
 
 @dataclass(frozen=True, slots=True)
+class JobState:
+    """How far a job is, in bytes, and why it failed."""
+
+    status: str
+    done: int
+    total: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Line:
     """A connected socket on which nothing was said yet, and who is at its other end."""
 
@@ -134,6 +144,8 @@ class Monitor:
         version = greeting["QMP"]["version"]["qemu"]
         self.version: tuple[int, int, int] = (version["major"], version["minor"], version["micro"])
         self.lost = False
+        #: What the schema of this QEMU was found to offer; None until somebody asked.
+        self.features: frozenset[str] | None = None
 
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, timeout: float = REPLY_TIMEOUT
@@ -166,6 +178,13 @@ class Monitor:
     def _note(self, command: str, arguments: Mapping[str, Any] | None, reply: Any) -> None:
         if self._trace is not None:
             self._trace(command, arguments or {}, reply)
+
+    async def jobs(self) -> dict[str, JobState]:
+        """All jobs by id (query-jobs)."""
+        return {
+            job["id"]: JobState(job["status"], job["current-progress"], job["total-progress"], job.get("error", ""))
+            for job in await self.execute("query-jobs")
+        }
 
     @asynccontextmanager
     async def events(self, *names: str) -> AsyncIterator[EventListener]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """qemu-storage-daemon as a child process: QEMU's block layer without a domain.
 
-If we die, it must not go on holding images: a watcher, two lines of shell that wait on a pipe, ends it then.
+If we die, it must not go on holding images: a watcher, a line of shell that waits on a pipe, ends it then.
 """
 
 from __future__ import annotations
@@ -33,6 +33,23 @@ def qemu_program(name: str) -> str:
     )
 
 
+class Watcher:
+    """Ends process ``pid``, in order, when we die without having released it."""
+
+    def __init__(self, pid: int) -> None:
+        self._process = subprocess.Popen(
+            ["/bin/sh", "-c", 'read -r _ || kill "$1" 2>/dev/null', "sh", str(pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def release(self) -> None:
+        """Watch no more; the process may live on."""
+        self._process.communicate(b"\n")
+
+
 class StorageDaemon:
     """A daemon on images, exporting them; a context manager, blocking.
 
@@ -55,7 +72,7 @@ class StorageDaemon:
             argv += ["--export", json.dumps(export)]
         self._argv = argv
         self._process: subprocess.Popen[bytes] | None = None
-        self._watcher: subprocess.Popen[bytes] | None = None
+        self._watcher: Watcher | None = None
 
     def __enter__(self) -> Self:
         with self._log.open("wb") as log:
@@ -63,13 +80,7 @@ class StorageDaemon:
             self._process = subprocess.Popen(
                 self._argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        self._watcher = subprocess.Popen(
-            ["/bin/sh", "-c", 'read -r _; kill -9 "$1" 2>/dev/null', "sh", str(self._process.pid)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        self._watcher = Watcher(self._process.pid)
         deadline = time.monotonic() + _START
         while not self._pidfile.exists():
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -96,8 +107,7 @@ class StorageDaemon:
             self._process.kill()
             return self._process.wait()
         finally:
-            self._watcher.kill()
-            self._watcher.communicate()
+            self._watcher.release()
 
     def _said(self) -> str:
         return (
