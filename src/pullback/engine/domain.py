@@ -1,198 +1,265 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A running domain: its disks and checkpoints, and the snapshots and exports made of it.
+"""The public API: a domain, its checkpoints, and the snapshots and exports made of it.
 
-Every operation observes, plans, executes.  Whatever fails in between is cleared by observing again and planning the
-way back, so the domain is left without anything of ours and with the chain it had.
+    async with open_domain(DomainAddress(socket="/run/qemu/web.qmp")) as domain:
+        snapshot = await domain.create_snapshot("nightly", checkpoint="monday")
+        exports = await domain.start_export(snapshot, since=["sunday"])
+        …                                       any NBD client pulls exports[n].uri
+        await domain.stop_exports(exports)
+        await domain.delete_snapshot(snapshot)
+
+Nothing is kept outside QEMU: snapshots and exports outlive this process, and are found again by name.  Every operation
+observes, plans, executes.  What fails in between is cleared by observing again and planning the way back, so the
+domain is left without anything half made and with the chain it had.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, TypeVar
 
-from pullback.engine.domain_lock import domain_lock, qemu_identity
-from pullback.engine.workdir import DEFAULT_BASE, work_directory
-from pullback.errors import CommandFailed, DomainError, Refused
-from pullback.model.chain import Chain, Edge, read_chain
+from pullback.engine.exporting import Export, ExportRequest, exports_in, start_snapshot_export, start_writable_export
+from pullback.engine.freezing import Snapshot, SnapshotRequest, freeze_disks, snapshots_in, take_back
+from pullback.engine.offline import parse_images
+from pullback.engine.session import Session, Tell, open_offline_session, open_session, uncancelled
+from pullback.errors import UsageError
+from pullback.model.chain import Chain, Unknown, read_chain
 from pullback.model.facts import Disk, Facts
+from pullback.model.snapshots import SnapshotPart, read_snapshots
 from pullback.plan.checkpoint import NodeChain, remove_broken, remove_checkpoints
-from pullback.plan.cleanup import PRIVATE, remove_snapshots, stale_snapshots
-from pullback.plan.selection import refuse_unsafe
-from pullback.plan.snapshot import (
-    FROZEN_VIEW_EXACT,
-    DiskSnapshot,
-    ExportPart,
-    disown_server,
-    freeze,
-    open_access,
-    prepare_snapshot,
-    start_export,
-)
-from pullback.qemu.execute import run_plan
-from pullback.qemu.monitor import Monitor, Peer, Trace, connect, dial
-from pullback.qemu.observe import observe
+from pullback.plan.cleanup import remove_snapshots, stale_snapshots, stop_exports
+from pullback.plan.probe import end_probe, start_probe
+from pullback.plan.selection import select_disks
+from pullback.qemu.monitor import Trace
 
-T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class Snapshot:
-    """The frozen disks, as of ``time``; ``checkpoint`` was made at that instant on the disks that can be tracked.
-
-    ``keep_checkpoint`` is set once something relies on the checkpoint; until then a failure takes it back.
-    """
-
-    parts: tuple[DiskSnapshot, ...]
-    checkpoint: str | None
-    time: datetime
-    paused_seconds: float
-    keep_checkpoint: bool = False
-
-    @property
-    def id(self) -> str:
-        return self.parts[0].snapshot
+#: How often, in seconds, a probe is looked at.
+_LOOK_EVERY = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Export:
-    """Frozen disks, offered on the unix socket ``socket``; the export of a disk has its target's name.
+class DomainAddress:
+    """How to reach a domain: a running one by its QMP ``socket``, a stopped one by its ``images``.
 
-    Where it is not ``exact`` (a QEMU older than 8.0), a read must not cross a multiple of 64 KiB, and what block status
-    calls zero may be data that the export ``saved_name(target)`` holds.
+    ``images`` is ``[TARGET=]PATH[,TARGET=PATH…]``.  ``name`` is what it is called, whatever QEMU says; ``agent`` the
+    unix socket of its guest agent.
     """
 
-    snapshot: Snapshot
-    socket: str
-    exact: bool
+    socket: str = ""
+    images: str = ""
+    name: str = ""
+    agent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A point in time from which changes can be asked; ``disks`` are the targets it stands on.
+
+    ``changed`` are, by target, the bytes written since it: exact where one bitmap covers it, else at most.
+    """
+
+    name: str
+    disks: tuple[str, ...]
+    changed: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What is known of one disk's changes since a checkpoint: at most ``most`` bytes, or why it is not known."""
+
+    target: str
+    most: int
+    unknown: str = ""
 
 
 class Domain:
-    """A session with one QEMU process; made by :func:`open_domain`."""
+    """One domain, ours alone until the session ends.  Made by :func:`open_domain`.
 
-    def __init__(self, monitor: Monitor, peer: Peer, resources: AsyncExitStack) -> None:
-        self._monitor = monitor
-        self._peer = peer
-        self._resources = resources
+    Every method raises DomainUnreachable when QEMU goes away or does not answer; then it is not known what was
+    done, and the next session looks.
+    """
 
-    async def observe(self) -> Facts:
+    def __init__(self, session: Session, address: DomainAddress) -> None:
+        self._session = session
+        self._address = address
+
+    @property
+    def session(self) -> Session:
+        """The session with QEMU that this domain is reached by."""
+        return self._session
+
+    # -- what there is --------------------------------------------------------------------------------------------
+
+    async def facts(self) -> Facts:
         """The domain as it is now."""
-        return await observe(self._monitor)
+        return await self._session.observe()
 
-    async def clear_stale(self) -> bool:
-        """Remove what a backup that died left in QEMU; whether there was anything.  We hold the domain's lock."""
-        facts = await self.observe()
-        stale = stale_snapshots(facts)
-        await run_plan(self._monitor, remove_snapshots(facts, stale))
-        return bool(stale)
+    def name_of(self, facts: Facts) -> str:
+        """What the domain is called: as the caller said, as QEMU says, or after the socket or image."""
+        return self._address.name or facts.name or self._session.default_name
 
-    @asynccontextmanager
-    async def snapshot(
-        self, disks: Sequence[Disk], checkpoint: str | None, scratch: str | None = None
-    ) -> AsyncIterator[Snapshot]:
-        """Freeze ``disks`` at one instant while the block runs, with a new ``checkpoint`` on those that can be tracked.
+    async def disks(self) -> tuple[Disk, ...]:
+        """The disks that can be backed up: writable, with a medium."""
+        return select_disks(await self.facts()).disks
 
-        ``scratch`` is the directory for the scratch images.  When the block fails, the checkpoint is taken back.
-        Refused when a snapshot could harm the domain; CommandFailed when QEMU cannot do it.
+    async def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """The usable checkpoints, oldest first, with what changed since each."""
+        return checkpoints_in(await self.facts())
+
+    async def snapshots(self) -> tuple[Snapshot, ...]:
+        """The snapshots that can be read, oldest first."""
+        return snapshots_in(await self.facts())
+
+    async def find_snapshot(self, name: str) -> Snapshot:
+        """The snapshot called ``name``; UsageError, with those there are, when there is none."""
+        snapshots = await self.snapshots()
+        for snapshot in snapshots:
+            if name in (snapshot.name, snapshot.id):
+                return snapshot
+        there = ", ".join(snapshot.name for snapshot in snapshots) or "none"
+        raise UsageError(f"there is no snapshot {name}", todo=f"There is {there}.")
+
+    async def exports(self) -> tuple[Export, ...]:
+        """The exports of ours."""
+        return exports_in(await self.facts())
+
+    async def changes(self, since: str) -> tuple[Changes, ...]:
+        """For each disk how much changed since a checkpoint, or why that is not known."""
+        answers = []
+        for disk in select_disks(await self.facts()).disks:
+            edges = read_chain(disk.bitmaps).since(since)
+            if disk.untracked or isinstance(edges, Unknown):
+                reason = disk.untracked or (edges.reason if isinstance(edges, Unknown) else "")
+                answers.append(Changes(disk.target, disk.virtual_size, reason))
+            else:
+                most = min(sum(edge.bitmap.count for edge in edges), disk.virtual_size)
+                answers.append(Changes(disk.target, most))
+        return tuple(answers)
+
+    # -- snapshots ------------------------------------------------------------------------------------------------
+
+    async def create_snapshot(self, request: SnapshotRequest) -> Snapshot:
+        """Freeze disks at one instant; the snapshot lives until it is deleted or QEMU ends.
+
+        UsageError for names that are taken or impossible; Refused when it could harm the domain; CommandFailed when
+        QEMU cannot do it.  After any failure nothing of it is left, and no checkpoint.
         """
-        facts = await self.observe()
-        refuse_unsafe(facts, disks)
-        base = scratch or DEFAULT_BASE
-        with work_directory(base, self._peer) as place:
-            snapshot_id = PRIVATE + secrets.token_hex(4)
-            parts = tuple(
-                DiskSnapshot(disk, snapshot_id, number, str(place / f"{number}.scratch"))
-                for number, disk in enumerate(disks)
-            )
-            snapshot = None
-            try:
-                snapshot = await self._freeze(facts, parts, checkpoint, place, base)
-                yield snapshot
-            except BaseException:
-                kept = snapshot is not None and snapshot.keep_checkpoint
-                await uncancelled(self._take_back(snapshot_id, None if kept else checkpoint))
-                raise
-            await uncancelled(self.end_snapshot(snapshot_id))
+        self._session.announce("create_snapshot", name=request.name, checkpoint=request.checkpoint)
+        return await freeze_disks(self._session, request, self._address.agent)
 
-    async def _freeze(
-        self, facts: Facts, parts: tuple[DiskSnapshot, ...], checkpoint: str | None, place: Path, base: str
-    ) -> Snapshot:
-        try:
-            await run_plan(self._monitor, prepare_snapshot(parts))
-        except CommandFailed as error:
-            raise Refused(
-                f"QEMU cannot make a scratch image in {base}: {error.desc}",
-                means="Nothing was frozen, no backup was made.",
-                todo="Name a directory that QEMU's user can write to with --scratch.",
-            ) from error
-        _unlink_scratch(parts)
-        tracked = [NodeChain(p.disk.node, read_chain(p.disk.bitmaps)) for p in parts if not p.disk.untracked]
-        paused = await run_plan(self._monitor, freeze(parts, tracked, checkpoint, facts.running))
-        time = datetime.now(UTC)
-        await run_plan(self._monitor, open_access(parts))
-        return Snapshot(parts, checkpoint if tracked else None, time, paused)
+    async def delete_snapshot(self, snapshot: Snapshot) -> None:
+        """Delete a snapshot and its exports; its checkpoint stays.
+
+        With a newer snapshot of the same disk its filter stays, doing nothing, until that one is deleted too.
+        """
+        self._session.announce("delete_snapshot", name=snapshot.name)
+        await uncancelled(self.end_snapshot(snapshot.id))
 
     async def end_snapshot(self, snapshot_id: str) -> None:
-        """Take the snapshot and its exports out of QEMU; harmless when they are gone already."""
-        await run_plan(self._monitor, remove_snapshots(await self.observe(), {snapshot_id}))
-
-    async def _take_back(self, snapshot_id: str, checkpoint: str | None) -> None:
-        """The way back from a failure; QEMU may be gone, and then so is the snapshot."""
-        try:
-            monitor = self._monitor
-            if monitor.lost:
-                await monitor.close()
-                self._monitor = await connect(dial(monitor.path))
-                self._resources.push_async_callback(self._monitor.close)
-            await self.end_snapshot(snapshot_id)
-            if checkpoint is not None:
-                await self.remove_checkpoints({checkpoint})
-        except DomainError:
-            # What failed first is what the user has to know; the next run clears the rest.
-            return
+        """Take a snapshot out of QEMU by its id; harmless when it is gone already."""
+        await self._session.run(remove_snapshots(await self.facts(), {snapshot_id}))
 
     @asynccontextmanager
-    async def export(
-        self, snapshot: Snapshot, since: Mapping[str, tuple[str, tuple[Edge, ...]]], writable: bool = False
-    ) -> AsyncIterator[Export]:
-        """Offer a snapshot's disks over NBD while the block runs; the snapshot's end also ends the export.
+    async def temporary_snapshot(self, request: SnapshotRequest) -> AsyncIterator[Snapshot]:
+        """A snapshot while the block runs.  When the block fails, its checkpoint is taken back."""
+        snapshot = await self.create_snapshot(request)
+        try:
+            yield snapshot
+        except BaseException:
+            kept = None if snapshot.keep_checkpoint else request.checkpoint
+            await uncancelled(take_back(self._session, snapshot.id, kept))
+            raise
+        await uncancelled(self.end_snapshot(snapshot.id))
 
-        ``since`` maps targets to a checkpoint and the edges from it, which becomes the context
-        ``qemu:dirty-bitmap:CHECKPOINT``.  ``writable`` allows trims, which let ranges go.
+    async def broken_disks(self, snapshot: Snapshot) -> tuple[str, ...]:
+        """Which of a snapshot's disks cannot be read any more, by reading a little of each."""
+        states = read_snapshots(await self.facts())
+        parts = [part for state in states if state.id == snapshot.id for part in state.parts if part.viewed]
+        return tuple([part.target for part in parts if await uncancelled(self._probe(part))])
+
+    async def _probe(self, part: SnapshotPart) -> bool:
+        await self._session.run(start_probe(part))
+        while True:
+            job = (await self._session.jobs())[part.names.id("probe")]
+            concluded = job.status == "concluded"
+            if concluded or job.done > 0:
+                await self._session.run(end_probe(part, concluded))
+                return bool(job.error)
+            await asyncio.sleep(_LOOK_EVERY)
+
+    # -- exports --------------------------------------------------------------------------------------------------
+
+    async def start_export(self, snapshot: Snapshot, request: ExportRequest) -> tuple[Export, ...]:
+        """Offer a snapshot's disks over NBD, with the changed blocks since checkpoints.
+
+        Refused for changes that are not known (each with the reason), and where an export could end QEMU;
+        DomainBusy when another program uses QEMU's one NBD server.  After a failure nothing is exported.
         """
-        items = [ExportPart(part, tuple(x for x in [since.get(part.disk.target)] if x)) for part in snapshot.parts]
-        with work_directory(DEFAULT_BASE, self._peer) as place:
-            socket = str(place / "nbd")
-            exact = self._monitor.version >= FROZEN_VIEW_EXACT
-            try:
-                await run_plan(self._monitor, start_export(items, socket, writable, saved=not exact))
-            except CommandFailed as error:
-                if error.command == "nbd-server-start":
-                    await run_plan(self._monitor, disown_server(snapshot.parts[0]))
-                    raise Refused(
-                        f"QEMU cannot start its NBD server: {error.desc}",
-                        means="Another program exports disks of this domain; QEMU has only one NBD server.",
-                        todo="Wait until that program has ended, or stop its export.",
-                    ) from error
-                raise
-            yield Export(snapshot, socket, exact)
+        self._session.announce("start_export", snapshot=snapshot.name, since=request.since)
+        return await start_snapshot_export(self._session, snapshot, request)
+
+    async def start_writable_export(self, disks: Sequence[str], request: ExportRequest) -> tuple[Export, ...]:
+        """Offer a domain's own disks for writing: of a stopped domain, or of one that waits for a migration.
+
+        Refused, with what to do, when QEMU does not allow it because the domain uses the disk.
+        """
+        self._session.announce("start_writable_export", disks=list(disks))
+        return await start_writable_export(self._session, disks, request)
+
+    async def stop_exports(self, exports: Collection[Export]) -> None:
+        """End exports, whoever is connected; the last one ends the NBD server."""
+        self._session.announce("stop_exports", exports=[export.name for export in exports])
+        plan = stop_exports(await self.facts(), {export.id for export in exports})
+        await uncancelled(self._session.run(plan))
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    async def delete_checkpoint(self, name: str) -> None:
+        """Merge a checkpoint away on all disks, in one transaction; what is known since the others stays exact.
+
+        UsageError when no disk has it.
+        """
+        self._session.announce("delete_checkpoint", name=name)
+        chains = chains_of(await self.facts())
+        if not any(name in disk.chain.points for disk in chains):
+            there = ", ".join(dict.fromkeys(point for disk in chains for point in disk.chain.points)) or "none"
+            raise UsageError(f"there is no checkpoint {name}", todo=f"There is {there}.")
+        await self.remove_checkpoints({name})
 
     async def remove_checkpoints(self, names: Collection[str]) -> None:
         """Merge checkpoints away, on all disks in one transaction; ones that are not there are ignored."""
-        chains = chains_of(await self.observe())
-        await run_plan(self._monitor, remove_checkpoints([(disk, names) for disk in chains]))
+        chains = chains_of(await self.facts())
+        await self._session.run(remove_checkpoints([(disk, names) for disk in chains]))
 
     async def prune(self, choose: Callable[[NodeChain], Collection[str]]) -> None:
         """Merge away the checkpoints that ``choose`` names for each disk, and remove bitmaps that are of no use."""
-        chains = chains_of(await self.observe())
-        await run_plan(
-            self._monitor, remove_checkpoints([(disk, choose(disk)) for disk in chains]) + remove_broken(chains)
-        )
+        chains = chains_of(await self.facts())
+        await self._session.run(remove_checkpoints([(disk, choose(disk)) for disk in chains]) + remove_broken(chains))
+
+    # -- after a crash --------------------------------------------------------------------------------------------
+
+    async def recover(self) -> tuple[str, ...]:
+        """Clear what clients that died left behind: half made snapshots, those of backups, unusable bitmaps.
+
+        What is live stays: snapshots that can be read, their exports, the chain.  What was cleared, in words.
+        """
+        self._session.announce("recover")
+        facts = await self.facts()
+        stale = stale_snapshots(facts)
+        cleared = [f"snapshot {snapshot}, which nobody uses" for snapshot in sorted(stale)]
+        await uncancelled(self._session.run(remove_snapshots(facts, stale)))
+        facts = await self.facts()
+        chains = chains_of(facts)
+        targets = {facts.disk(device).node: device.target for device in facts.devices if device.root}
+        for disk in chains:
+            cleared += [
+                f"bitmap {bitmap.name} of {targets[disk.node]}, which QEMU could not store"
+                for bitmap, _ in disk.chain.broken
+                if bitmap.inconsistent
+            ]
+        await uncancelled(self._session.run(remove_broken(chains)))
+        return tuple(cleared)
 
 
 def chains_of(facts: Facts) -> list[NodeChain]:
@@ -205,33 +272,33 @@ def _has_bitmaps(chain: Chain) -> bool:
     return bool(chain.edges or chain.broken)
 
 
-def _unlink_scratch(parts: Sequence[DiskSnapshot]) -> None:
-    """QEMU has them open: unlinked now, they end with their nodes, even if QEMU or we are killed."""
-    for part in parts:
-        Path(part.scratch_path).unlink(missing_ok=True)
-
-
-async def uncancelled(work: Coroutine[Any, Any, T]) -> T:
-    """Carry ``work`` to its end even when we are cancelled meanwhile."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise
+def checkpoints_in(facts: Facts) -> tuple[Checkpoint, ...]:
+    """The usable checkpoints of all disks, oldest first as far as the chains say."""
+    changed: dict[str, dict[str, int]] = {}
+    for device in facts.devices:
+        if not device.root:
+            continue
+        disk = facts.disk(device)
+        edges = read_chain(disk.bitmaps).edges
+        for position, edge in enumerate(edges):
+            most = sum(later.bitmap.count for later in edges[position:])
+            changed.setdefault(edge.checkpoint, {})[device.target] = min(most, disk.virtual_size)
+    return tuple(Checkpoint(name, tuple(disks), disks) for name, disks in changed.items())
 
 
 @asynccontextmanager
-async def open_domain(path: str, trace: Trace | None = None) -> AsyncIterator[Domain]:
-    """The domain whose QMP unix socket is ``path``, for us alone while the block runs.
+async def open_domain(
+    address: DomainAddress, *, tell: Tell | None = None, trace: Trace | None = None
+) -> AsyncIterator[Domain]:
+    """The domain at ``address``, for us alone while the block runs.
 
+    ``tell`` makes it a dry run: plans are told and not carried out.  ``trace`` gets every command and reply.
     DomainUnreachable when nobody listens or it is no QMP socket; DomainBusy when another pullback, or another
-    program on this monitor, holds it.
+    program on this monitor, holds it; Refused when another process uses an image of a stopped domain.
     """
-    async with AsyncExitStack() as resources:
-        line = dial(path)
-        resources.callback(line.socket.close)
-        resources.enter_context(domain_lock(qemu_identity(line.peer.pid, path), path))
-        monitor = await connect(line, trace)
-        resources.push_async_callback(monitor.close)
-        yield Domain(monitor, line.peer, resources)
+    if address.images:
+        session = open_offline_session(parse_images(address.images), name=address.name, tell=tell, trace=trace)
+    else:
+        session = open_session(address.socket, name=address.name, tell=tell, trace=trace)
+    async with session as opened:
+        yield Domain(opened, address)

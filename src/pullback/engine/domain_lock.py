@@ -16,7 +16,8 @@ from pathlib import Path
 from pullback.errors import DomainBusy, UsageError
 
 
-def _lock_directory() -> Path:
+def lock_directory() -> Path:
+    """A directory of our own user's for locks and sockets; UsageError when there is none that is safe."""
     if os.geteuid() == 0:
         place = Path("/run/pullback")
     elif runtime := os.environ.get("XDG_RUNTIME_DIR"):
@@ -67,7 +68,7 @@ def _open(path: Path) -> int:
 @contextmanager
 def domain_lock(identity: str, domain: str) -> Iterator[None]:
     """Hold the domain for ourselves.  DomainBusy, naming the holder's pid, when another pullback does."""
-    path = _lock_directory() / f"{identity}.lock"
+    path = lock_directory() / f"{identity}.lock"
     try:
         handle = _open(path)
     except BlockingIOError as error:

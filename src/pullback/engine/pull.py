@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pullback.errors import NbdRefused, PullbackError, SnapshotBroken
 from pullback.model.extents import Span
 from pullback.model.units import CHUNK, MIB
-from pullback.nbd.address import UnixAddress
+from pullback.nbd.address import Address
 from pullback.nbd.blocking import NbdConnection
 from pullback.plan.pull import Act, Run, SegmentPull
 from pullback.repository.blob import BlobId, BlobKind, blob_id
@@ -45,7 +45,8 @@ class DiskSource:
     """
 
     target: str
-    address: UnixAddress
+    address: Address
+    export: str
     segments: Iterator[SegmentPull]
     base: dict[int, bytes] = field(default_factory=dict)
     unit: int = REQUEST
@@ -184,7 +185,7 @@ class Pull:
                 connection.close()
 
     def _connect(self, source: DiskSource) -> NbdConnection:
-        connection = NbdConnection.connect(source.address, source.target)
+        connection = NbdConnection.connect(source.address, source.export)
         with self._lock:
             self._connections.append(connection)
         return connection
@@ -289,9 +290,5 @@ def _submit(connection: NbdConnection, window: _Window, unit: int) -> list[int]:
 def read_failed(target: str, error: NbdRefused) -> PullbackError:
     """What a failed read of a frozen disk means: QEMU answers EINVAL (EACCES in its own words) once it is broken."""
     if error.errno in (errno.EINVAL, errno.EACCES, errno.EPERM):
-        return SnapshotBroken(
-            f"the frozen view of {target} was lost: old data could not be saved to the scratch (it is full, failing or"
-            " too slow)",
-            todo="Make room where the scratch is, or name another directory with --scratch, and run the backup again.",
-        )
+        return SnapshotBroken.of_disk(target)
     return error

@@ -16,8 +16,9 @@ from pullback.engine.pull import REQUEST, DiskSource, read_failed
 from pullback.errors import NbdRefused
 from pullback.model.extents import Extent, Span, allocation, dirty_spans
 from pullback.model.units import align_up
-from pullback.nbd.address import UnixAddress
+from pullback.nbd.address import Address
 from pullback.nbd.blocking import NbdConnection
+from pullback.plan.method import SAVED_UNIT
 from pullback.plan.pull import (
     clean_spans,
     fetch_spans,
@@ -28,7 +29,6 @@ from pullback.plan.pull import (
     segment_size,
     touched_segments,
 )
-from pullback.plan.snapshot import SAVED_UNIT, saved_name
 from pullback.repository.blob import BlobId, blob_id
 from pullback.repository.layout import SEGMENT, SegmentRef, StoredBackup
 
@@ -52,10 +52,29 @@ class Survey:
         return sum(span.length for span in self.reads)
 
 
-def _dirty(address: UnixAddress, target: str, size: int, checkpoint: str) -> list[Span]:
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """A frozen disk as it is offered: ``target`` of ``size`` bytes, as ``export`` at ``address``.
+
+    Unless ``exact`` its scratch is offered too, as ``saved_name(export)``.
+    """
+
+    address: Address
+    export: str
+    target: str
+    size: int
+    exact: bool = True
+
+
+def saved_name(export: str) -> str:
+    """The name of the export of a disk's scratch; no disk's own name holds a slash."""
+    return f"{export}/saved"
+
+
+def _dirty(disk: Offered, checkpoint: str) -> list[Span]:
     context = f"qemu:dirty-bitmap:{checkpoint}"
-    with NbdConnection.connect(address, target, contexts=[context]) as connection:
-        return dirty_spans(connection.extents(context, 0, size))
+    with NbdConnection.connect(disk.address, disk.export, contexts=[context]) as connection:
+        return dirty_spans(connection.extents(context, 0, disk.size))
 
 
 def _allocation(connection: NbdConnection, spans: Sequence[Span]) -> Iterator[Extent]:
@@ -63,48 +82,49 @@ def _allocation(connection: NbdConnection, spans: Sequence[Span]) -> Iterator[Ex
         yield from allocation(connection.extents(ALLOCATION, span.offset, span.length))
 
 
-def _saved(address: UnixAddress, target: str, spans: Sequence[Span]) -> Iterator[Extent]:
-    with NbdConnection.connect(address, saved_name(target), contexts=[ALLOCATION]) as connection:
+def _saved(disk: Offered, spans: Sequence[Span]) -> Iterator[Extent]:
+    with NbdConnection.connect(disk.address, saved_name(disk.export), contexts=[ALLOCATION]) as connection:
         yield from _allocation(connection, spans)
 
 
-def survey(
-    address: UnixAddress,
-    target: str,
-    size: int,
-    base: tuple[StoredBackup, str] | None,
-    let_go: bool,
-    exact: bool = True,
-) -> Survey:
-    """Find out what to read of the frozen ``target``, and let everything else go.
+def survey(disk: Offered, base: tuple[StoredBackup, str] | None, let_go: bool) -> Survey:
+    """Find out what to read of a frozen disk, and let everything else go.
 
-    ``base`` is the backup to build on and the checkpoint it was made at; None reads the whole disk.  Unless ``exact``,
-    what QEMU calls zero is only believed where the scratch, asked afterwards, holds nothing: old data is saved before
-    the domain's zeroes take its place.  SnapshotBroken when the frozen view is lost already.
+    ``base`` is the backup to build on and the checkpoint it was made at; None reads the whole disk.  Unless the view is
+    exact, what QEMU calls zero is only believed where the scratch, asked afterwards, holds nothing: old data is saved
+    before the domain's zeroes take its place.  SnapshotBroken when the frozen view is lost already.
     """
-    dirty = _dirty(address, target, size, base[1]) if base else [Span(0, size)] if size else []
+    size = disk.size
+    dirty = _dirty(disk, base[1]) if base else [Span(0, size)] if size else []
     kept: list[SegmentRef] = []
     chunks: dict[int, bytes] = {}
     whole: list[int] = []
     distrust = ""
     if base:
-        kept, chunks, whole = _base(base[0], target, size, dirty)
+        kept, chunks, whole = _base(base[0], disk.target, size, dirty)
         if kept or chunks:
-            distrust = _distrust(address, target, base[0], dirty)
+            distrust = _distrust(disk, base[0], dirty)
     if distrust:
         kept, chunks, whole, dirty = [], {}, [], [Span(0, size)]
     fetch = fetch_spans(dirty, size, whole)
     try:
-        with NbdConnection.connect(address, target, contexts=[ALLOCATION]) as connection:
+        with NbdConnection.connect(disk.address, disk.export, contexts=[ALLOCATION]) as connection:
             status = list(_allocation(connection, fetch))
-            if not exact:
-                status += _saved(address, target, fetch)
+            if not disk.exact:
+                status += _saved(disk, fetch)
             reads = read_spans(fetch, status, size)
             if let_go:
                 _trim(connection, clean_spans(reads, size))
     except NbdRefused as error:
-        raise read_failed(target, error) from error
-    source = DiskSource(target, address, plan_segments(fetch, reads, size), chunks, REQUEST if exact else SAVED_UNIT)
+        raise read_failed(disk.target, error) from error
+    source = DiskSource(
+        disk.target,
+        disk.address,
+        disk.export,
+        plan_segments(fetch, reads, size),
+        chunks,
+        REQUEST if disk.exact else SAVED_UNIT,
+    )
     return Survey(source, reads, kept, distrust)
 
 
@@ -130,26 +150,26 @@ def _base(
     return kept, chunks, whole
 
 
-def _distrust(address: UnixAddress, target: str, backup: StoredBackup, dirty: Sequence[Span]) -> str:
+def _distrust(disk: Offered, backup: StoredBackup, dirty: Sequence[Span]) -> str:
     """Why what is clean may not be what the base holds; empty when it is.
 
     A disk that was shrunk and then grown again has lost its end without a bit being set (seen on QEMU 7.2).  Then the
     last clean piece that the base has data of is lost too: it is enough to compare that one.
     """
-    last = _last_data(backup, target, dirty)
+    last = _last_data(backup, disk.target, dirty)
     if last is None:
         return ""
     span, blob = last
     data = bytearray(span.length)
     try:
-        with NbdConnection.connect(address, target) as connection:
+        with NbdConnection.connect(disk.address, disk.export) as connection:
             at = span.offset
             while at < span.end:
                 end = min(align_up(at + 1, SAVED_UNIT), span.end)
                 connection.read_into(at, memoryview(data)[at - span.offset : end - span.offset])
                 at = end
     except NbdRefused as error:
-        raise read_failed(target, error) from error
+        raise read_failed(disk.target, error) from error
     if blob_id(data) == blob:
         return ""
     return "content changed without a trace in the dirty bitmaps, as after shrinking and growing the disk"

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Offering snapshots, and own disks for writing, over NBD; and finding such exports again."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pullback.engine.freezing import Snapshot
+from pullback.engine.session import Session, uncancelled
+from pullback.errors import CommandFailed, DomainBusy, DomainError, Refused, UsageError
+from pullback.model.chain import Chain, Edge, Unknown, read_chain
+from pullback.model.facts import Disk, Facts
+from pullback.model.snapshots import WRITABLE, ExportState, Names, ServerMark, current_server, read_exports
+from pullback.nbd.address import Address, TcpAddress, UnixAddress
+from pullback.plan.cleanup import stop_exports
+from pullback.plan.export import ExportPart, disown_server, need_server, start_export
+from pullback.plan.method import refuse_export
+from pullback.plan.selection import select_disks
+
+#: A unix socket's path has at most this many bytes (unix(7)).
+_LONGEST_PATH = 107
+
+
+#: Checkpoints from which changes are offered: these, or all that the disk has.
+Since = tuple[str, ...] | Literal["all"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRequest:
+    """What to export where.
+
+    ``since`` are checkpoints, or "all" those that the snapshot's disks have; the same for all disks, or by target.
+    ``address`` may be a TCP one with port 0 (a free one is taken).  ``tls`` is a directory with ca-cert.pem,
+    server-cert.pem and server-key.pem; TCP without it needs ``insecure``.  ``names`` are export names by target; the
+    target itself where nothing is said.  ``direct`` gives QEMU's plain frozen view, for a reader that knows its limits,
+    and ``saved`` the scratch beside it.
+    """
+
+    address: Address
+    disks: tuple[str, ...] = ()
+    since: Since | Mapping[str, Since] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    tls: str | None = None
+    insecure: bool = False
+    writable: bool = False
+    direct: bool = False
+    saved: bool = False
+
+    def since_of(self, target: str) -> Since:
+        """From which checkpoints changes of one disk are offered."""
+        return self.since.get(target, ()) if isinstance(self.since, Mapping) else self.since
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A disk that any NBD client can read at ``uri``; ``checkpoints`` are its contexts qemu:dirty-bitmap:NAME.
+
+    ``snapshot`` is the id of the snapshot it shows; None for a domain's own disk.
+    """
+
+    id: str
+    name: str
+    snapshot: str | None
+    uri: str
+    checkpoints: tuple[str, ...]
+
+
+def _uri(server: ServerMark | None, name: str) -> str:
+    if server is None:
+        return ""
+    if server.kind == "unix":
+        return UnixAddress(server.place).uri(name)
+    host, _, port = server.place.rpartition(":")
+    return TcpAddress(host, int(port)).uri(name, tls=server.tls is not None)
+
+
+def exports_in(facts: Facts) -> tuple[Export, ...]:
+    """All exports of ours."""
+    return tuple(_found(facts, state) for state in read_exports(facts))
+
+
+def _found(facts: Facts, state: ExportState) -> Export:
+    server = state.server or current_server(facts)
+    snapshot = None if state.snapshot.startswith(WRITABLE) else state.snapshot
+    return Export(state.id, state.name, snapshot, _uri(server, state.name), state.checkpoints)
+
+
+def _server(request: ExportRequest) -> ServerMark:
+    """Where the NBD server is to listen; UsageError for an address that is unsafe or impossible."""
+    address = request.address
+    if isinstance(address, UnixAddress):
+        if not address.path.startswith("/") or len(address.path.encode()) > _LONGEST_PATH:
+            raise UsageError(
+                f"the socket {address.path} is not an absolute path of at most {_LONGEST_PATH} bytes",
+            )
+        return ServerMark("unix", address.path, request.tls)
+    if request.tls is None and not request.insecure:
+        raise UsageError(
+            f"an export on TCP ({address}) without TLS lets everybody on the way read the disks",
+            todo="Give certificates with --tls DIR, or say --insecure.",
+        )
+    if request.tls is not None and not (Path(request.tls) / "server-cert.pem").is_file():
+        raise UsageError(
+            f"{request.tls} holds no server-cert.pem", todo="It needs ca-cert.pem, server-cert.pem and server-key.pem."
+        )
+    port = address.port or _free_port(address.host)
+    return ServerMark("inet", f"{address.host}:{port}", request.tls)
+
+
+def _free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+async def start_snapshot_export(session: Session, snapshot: Snapshot, request: ExportRequest) -> tuple[Export, ...]:
+    """Offer a snapshot's disks over NBD.  After a failure nothing is exported."""
+    facts = await session.observe()
+    for target in request.disks:
+        if target not in snapshot.targets:
+            raise UsageError(
+                f"snapshot {snapshot.name} has no disk {target}", todo=f"It has {', '.join(snapshot.targets)}."
+            )
+    disks = [
+        disk
+        for disk in select_disks(facts, snapshot.targets).disks
+        if not request.disks or disk.target in request.disks
+    ]
+    refuse_export(facts, disks)
+    parts = [
+        ExportPart(
+            snapshot.names(disk.target),
+            disk.target,
+            _view(facts, snapshot, disk.target, request.direct),
+            disk.node,
+            request.names.get(disk.target, disk.target),
+            tuple(changes_of(snapshot, disk, request.since_of(disk.target))),
+        )
+        for disk in disks
+    ]
+    if request.saved:
+        parts += [_saved(part) for part in parts]
+    return await _start(session, facts, parts, request, writable=request.writable)
+
+
+def _view(facts: Facts, snapshot: Snapshot, target: str, direct: bool) -> str:
+    names = snapshot.names(target)
+    believable = names.node("view")
+    return believable if believable in facts.nodes and not direct else names.node("access")
+
+
+def _saved(part: ExportPart) -> ExportPart:
+    """The scratch of a disk beside its frozen view; no disk's own name holds a slash."""
+    return ExportPart(part.names, part.target, part.names.node("scratch"), part.disk_node, f"{part.name}/saved")
+
+
+def changes_of(snapshot: Snapshot, disk: Disk, since: Since) -> list[tuple[str, tuple[Edge, ...]]]:
+    """For each checkpoint in ``since`` the edges that lead from it to the snapshot; Refused where that is not known."""
+    chain = read_chain(disk.bitmaps)
+    if since == "all":
+        before = chain.points[: chain.points.index(snapshot.checkpoint)] if snapshot.checkpoint in chain.points else ()
+        since = before
+    return [(name, _edges(snapshot, disk, chain, name)) for name in since]
+
+
+def _edges(snapshot: Snapshot, disk: Disk, chain: Chain, since: str) -> tuple[Edge, ...]:
+    if disk.untracked:
+        raise Refused(f"changes of {disk.target} are not known: {disk.untracked}", means="Nothing was exported.")
+    if snapshot.checkpoint is None:
+        raise Refused(
+            f"changes up to snapshot {snapshot.name} are not known: no checkpoint was made at its instant",
+            means="Its data is of that instant, every map of changes is of another; nothing was exported.",
+            todo="Make the snapshot with a checkpoint, or export it without --since.",
+        )
+    edges = chain.since(since)
+    if isinstance(edges, Unknown):
+        raise Refused(
+            f"changes of {disk.target} since {since} are not known: {edges.reason}", means="Nothing was exported."
+        )
+    points = [edge.checkpoint for edge in edges]
+    if snapshot.checkpoint not in points:
+        raise Refused(
+            f"changes from {since} to snapshot {snapshot.name} cannot be told: its checkpoint {snapshot.checkpoint} is"
+            " older, or was deleted",
+            means="The data of an older instant is gone: only changes up to a snapshot's own checkpoint can be used.",
+        )
+    return edges[: points.index(snapshot.checkpoint)]
+
+
+async def start_writable_export(session: Session, targets: Sequence[str], request: ExportRequest) -> tuple[Export, ...]:
+    """Offer a domain's own disks for writing.  After a failure nothing is exported."""
+    facts = await session.observe()
+    disks = select_disks(facts, targets).disks
+    refuse_export(facts, disks)
+    owner = WRITABLE + secrets.token_hex(4)
+    parts = [
+        ExportPart(Names(owner, number), disk.target, disk.node, disk.node, request.names.get(disk.target, disk.target))
+        for number, disk in enumerate(disks)
+    ]
+    try:
+        return await _start(session, facts, parts, request, writable=True)
+    except CommandFailed as error:
+        if error.command != "block-export-add":
+            raise
+        raise Refused(
+            f"QEMU does not let another writer at the disks of domain {facts.name} while it uses them: {error.desc}",
+            means="Nothing was exported.",
+            todo="Stop the domain and name its images (disk:PATH), or start it with -incoming defer, or give the device"
+            " share-rw=on.",
+        ) from error
+
+
+async def _start(
+    session: Session, facts: Facts, parts: Sequence[ExportPart], request: ExportRequest, *, writable: bool
+) -> tuple[Export, ...]:
+    server = _server(request)
+    names = [part.name for part in parts]
+    taken = {state.name for state in read_exports(facts)}
+    for name in names:
+        if names.count(name) > 1 or name in taken:
+            raise UsageError(f"there is an export {name} already", todo="Give another name with --export-name.")
+    start_server = need_server(facts, server)
+    plan = start_export(facts, parts, server, start_server=start_server, writable=writable)
+    try:
+        await session.run(plan)
+    except BaseException as error:
+        if not session.dry:
+            await uncancelled(_stop_again(session, parts, server, error))
+        if isinstance(error, CommandFailed) and error.command == "nbd-server-start":
+            raise _no_server(error, server) from error
+        raise
+    return tuple(
+        Export(
+            part.id,
+            part.name,
+            None if part.names.snapshot.startswith(WRITABLE) else part.names.snapshot,
+            _uri(server, part.name),
+            tuple(name for name, _ in part.since),
+        )
+        for part in parts
+    )
+
+
+def _no_server(error: CommandFailed, server: ServerMark) -> DomainError:
+    if "already running" in error.desc:
+        return DomainBusy(
+            "QEMU's one NBD server is in use by another program",
+            means="Nothing was exported.",
+            todo="Wait until that program has ended, or stop its export.",
+        )
+    return DomainError(f"QEMU cannot listen at {server.place}: {error.desc}", means="Nothing was exported.")
+
+
+async def _stop_again(session: Session, parts: Sequence[ExportPart], server: ServerMark, error: BaseException) -> None:
+    try:
+        await session.reconnect()
+        if isinstance(error, CommandFailed) and error.command == "nbd-server-start":
+            # The server that runs is somebody else's; without the marks nobody takes it for ours.
+            await session.run(disown_server(parts, server))
+        await session.run(stop_exports(await session.observe(), {part.id for part in parts}))
+    except DomainError:
+        return

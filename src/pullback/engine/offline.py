@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stopped domain: its images in a storage daemon of ours, which every operation then uses like a running QEMU.
+
+The daemon ends with the command that started it, unless a snapshot or an export is left in it: then it stays, and the
+next command on the same images finds it by its socket.  If we are killed it is told to end, in order: a killed one
+would leave every dirty bitmap of the images inconsistent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pullback.errors import DomainUnreachable, Refused, UsageError
+from pullback.model.facts import DISK_NODE
+from pullback.qemu.monitor import Line, dial
+from pullback.qemu.storage_daemon import PROGRAM, Watcher, qemu_program
+
+#: Seconds for the daemon to come up (it opens the images), and to end (it stores their bitmaps).
+_START, _STOP = 30.0, 120.0
+
+_TARGET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,25}")
+_QCOW2_MAGIC = b"QFI\xfb"
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One image of a stopped domain, and its format ("qcow2" or "raw")."""
+
+    target: str
+    path: str
+    format: str
+
+
+def parse_images(text: str) -> tuple[Image, ...]:
+    """The images in ``[TARGET=]PATH[,TARGET=PATH…]``, each PATH perhaps with ``qcow2:`` or ``raw:`` before it.
+
+    A comma in a path is written twice.  Without a target it is the file's name up to the first dot.  UsageError for
+    what cannot be opened as an image, and where the format would have to be guessed.
+    """
+    images: list[Image] = []
+    for part in re.split(r"(?<!,),(?!,)", text):
+        target, equals, rest = part.replace(",,", ",").partition("=")
+        if not equals or "/" in target:
+            target, rest = "", part.replace(",,", ",")
+        given, colon, path = rest.partition(":")
+        if not colon or given not in ("qcow2", "raw"):
+            given, path = "", rest
+        image = _image(target or Path(path).name.partition(".")[0], path, given)
+        if any(other.target == image.target for other in images):
+            raise UsageError(f"two images are called {image.target}", todo="Write TARGET=PATH for each.")
+        images.append(image)
+    return tuple(images)
+
+
+def _image(target: str, path: str, given: str) -> Image:
+    if not _TARGET.fullmatch(target):
+        raise UsageError(
+            f"{target!r} cannot name a disk", todo="Use TARGET=PATH with at most 26 letters, digits, dots, - and _."
+        )
+    try:
+        with Path(path).open("rb") as file:
+            looks = "qcow2" if file.read(4) == _QCOW2_MAGIC else "raw"
+    except OSError as error:
+        raise UsageError(f"cannot open the image {path}: {error.strerror}") from error
+    by_name = "qcow2" if path.endswith(".qcow2") else "raw" if path.endswith((".raw", ".img")) else looks
+    if not given and looks == "qcow2" and by_name != "qcow2":
+        # A domain can write such a header into its raw disk, and have files of the host opened as its backing.
+        raise UsageError(
+            f"{path} looks like a qcow2 image but is not called .qcow2",
+            todo=f"Write {target}=qcow2:{path} if it is one.",
+        )
+    if (given or by_name) == "qcow2" and looks != "qcow2":
+        raise UsageError(f"{path} is not a qcow2 image", todo=f"Write {target}=raw:{path} if it is a raw disk.")
+    return Image(target, str(Path(path).absolute()), given or by_name)
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonPlace:
+    """Where the daemon on some images has its socket; ``identity`` names the set of images."""
+
+    identity: str
+    socket: Path
+    pidfile: Path
+    log: Path
+
+
+def daemon_place(images: tuple[Image, ...], directory: Path) -> DaemonPlace:
+    """The place for the daemon on these images below ``directory``; the same for the same files."""
+    inodes = sorted((status.st_dev, status.st_ino) for status in (Path(image.path).stat() for image in images))
+    name = "disk-" + hashlib.sha256(repr(inodes).encode()).hexdigest()[:16]
+    return DaemonPlace(name, directory / f"{name}.qmp", directory / f"{name}.pid", directory / f"{name}.log")
+
+
+def _arguments(images: tuple[Image, ...], place: DaemonPlace) -> list[str]:
+    argv = [qemu_program(PROGRAM), "--pidfile", str(place.pidfile)]
+    argv += ["--chardev", f"socket,id=qmp,path={place.socket},server=on,wait=off", "--monitor", "chardev=qmp"]
+    for image in images:
+        options = {
+            "driver": image.format,
+            "node-name": f"{DISK_NODE}{image.target}",
+            "discard": "unmap",
+            "file": {"driver": "file", "filename": image.path, "discard": "unmap"},
+        }
+        argv += ["--blockdev", json.dumps(options)]
+    return argv
+
+
+class OfflineDaemon:
+    """The daemon on a stopped domain's images for the time of a session; blocking."""
+
+    def __init__(self, images: tuple[Image, ...], place: DaemonPlace) -> None:
+        self._images = images
+        self._place = place
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watcher: Watcher | None = None
+
+    def start(self) -> Line:
+        """Find the daemon, or start it.  Refused when another process uses an image."""
+        try:
+            return dial(str(self._place.socket))
+        except DomainUnreachable:
+            self._place.socket.unlink(missing_ok=True)
+            self._place.pidfile.unlink(missing_ok=True)
+        with self._place.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                _arguments(self._images, self._place),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._watcher = Watcher(self._process.pid)
+        deadline = time.monotonic() + _START
+        while not self._place.pidfile.exists():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise self._failed()
+            time.sleep(0.005)
+        return dial(str(self._place.socket))
+
+    def _failed(self) -> Refused:
+        assert self._process is not None
+        if self._process.poll() is None:
+            self._process.terminate()
+        self._process.wait()
+        self._forget()
+        said = self._place.log.read_text(errors="replace").strip().splitlines()[-1:] or ["no word"]
+        self._place.log.unlink(missing_ok=True)
+        if "lock" in said[0]:
+            return Refused(
+                f"an image is in use by another process ({said[0].partition(': ')[2] or said[0]})",
+                means="Nothing was touched.",
+                todo="If the domain is running, name it by its QMP socket (qmp:PATH).",
+            )
+        return Refused(f"the storage daemon cannot open the images: {said[0]}", means="Nothing was touched.")
+
+    def leave(self) -> None:
+        """Let the daemon live on: something of ours is in it."""
+        if self._watcher is not None:
+            self._watcher.release()
+
+    def stop(self) -> None:
+        """Wait for the daemon to end, after ``quit``; its images are stored then."""
+        pid = self._pid()
+        deadline = time.monotonic() + _STOP
+        while pid is not None and _alive(pid, self._process) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        self._forget()
+        self._place.log.unlink(missing_ok=True)
+
+    def terminate(self) -> None:
+        """End the daemon, in order, when it could not be told to quit."""
+        pid = self._pid()
+        if pid is not None and _alive(pid, self._process):
+            os.kill(pid, signal.SIGTERM)
+        self.stop()
+
+    def _pid(self) -> int | None:
+        if self._process is not None:
+            return self._process.pid
+        try:
+            return int(self._place.pidfile.read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _forget(self) -> None:
+        if self._watcher is not None:
+            self._watcher.release()
+            self._watcher = None
+        for path in (self._place.socket, self._place.pidfile):
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int, process: subprocess.Popen[bytes] | None) -> bool:
+    if process is not None:
+        return process.poll() is None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A session with one QEMU: the running domain's own, or a storage daemon on a stopped domain's images.
+
+Everything that is done to QEMU goes through :meth:`Session.run`, so a dry run is a session that only tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pullback.engine.domain_lock import domain_lock, lock_directory, qemu_identity
+from pullback.engine.offline import Image, OfflineDaemon, daemon_place
+from pullback.errors import DomainError
+from pullback.model.facts import Facts
+from pullback.model.snapshots import read_exports, read_snapshots
+from pullback.plan.command import Plan
+from pullback.qemu.execute import run_plan
+from pullback.qemu.monitor import JobState, Monitor, Peer, Trace, connect, dial
+from pullback.qemu.observe import observe, observe_daemon
+
+T = TypeVar("T")
+
+#: Gets each plan of a dry run, instead of QEMU.
+Tell = Callable[[Plan], None]
+
+
+class Session:
+    """One QEMU, ours alone until the session ends.  Made by :func:`open_session`."""
+
+    def __init__(
+        self,
+        monitor: Monitor,
+        peer: Peer,
+        resources: AsyncExitStack,
+        *,
+        default_name: str,
+        daemon: bool = False,
+        tell: Tell | None = None,
+        trace: Trace | None = None,
+    ) -> None:
+        self._monitor = monitor
+        self.peer = peer
+        self._resources = resources
+        self._default_name = default_name
+        self._daemon = daemon
+        self._tell = tell
+        self._trace = trace
+
+    @property
+    def dry(self) -> bool:
+        """Whether plans are only told."""
+        return self._tell is not None
+
+    @property
+    def default_name(self) -> str:
+        """What the domain is called where QEMU does not say."""
+        return self._default_name
+
+    async def observe(self) -> Facts:
+        """The domain as it is now."""
+        if self._daemon:
+            return await observe_daemon(self._monitor, self._default_name)
+        return await observe(self._monitor)
+
+    async def run(self, plan: Plan) -> float:
+        """Carry out a plan, or tell it in a dry run; for how many seconds the domain was paused."""
+        if self._tell is not None:
+            self._tell(plan)
+            return 0.0
+        return await run_plan(self._monitor, plan)
+
+    async def jobs(self) -> dict[str, JobState]:
+        """How far QEMU's jobs are, by id."""
+        return await self._monitor.jobs()
+
+    def announce(self, call: str, **arguments: Any) -> None:
+        """Tell the trace which operation the following commands belong to."""
+        if self._trace is not None:
+            self._trace("", {"call": call, "arguments": arguments}, None)
+
+    async def end_daemon(self, daemon: OfflineDaemon) -> None:
+        """Let the storage daemon end, or leave it if there is anything of ours in it."""
+        try:
+            await self.reconnect()
+            facts = await self.observe()
+            if read_exports(facts) or any(not state.private for state in read_snapshots(facts)):
+                await self._monitor.close()
+                await asyncio.to_thread(daemon.leave)
+                return
+            await self._monitor.execute("quit")
+        except DomainError:
+            await self._monitor.close()
+            await asyncio.to_thread(daemon.terminate)
+            return
+        await self._monitor.close()
+        await asyncio.to_thread(daemon.stop)
+
+    async def reconnect(self) -> None:
+        """Make a new connection if the old one was given up.  DomainUnreachable when QEMU is gone."""
+        monitor = self._monitor
+        if monitor.lost:
+            await monitor.close()
+            self._monitor = await connect(dial(monitor.path), self._trace)
+            self._resources.push_async_callback(self._monitor.close)
+
+
+async def uncancelled(work: Coroutine[Any, Any, T]) -> T:
+    """Carry ``work`` to its end even when we are cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
+
+
+@asynccontextmanager
+async def open_session(
+    socket: str, *, name: str = "", tell: Tell | None = None, trace: Trace | None = None
+) -> AsyncIterator[Session]:
+    """A session with the running domain whose QMP unix socket is ``socket``, for us alone while the block runs.
+
+    DomainUnreachable when nobody listens or it is no QMP socket; DomainBusy when another pullback, or another
+    program on this monitor, holds it.
+    """
+    async with AsyncExitStack() as resources:
+        line = dial(socket)
+        resources.callback(line.socket.close)
+        resources.enter_context(domain_lock(qemu_identity(line.peer.pid, socket), socket))
+        monitor = await connect(line, trace)
+        resources.push_async_callback(monitor.close)
+        yield Session(monitor, line.peer, resources, default_name=name or Path(socket).stem, tell=tell, trace=trace)
+
+
+@asynccontextmanager
+async def open_offline_session(
+    images: tuple[Image, ...], *, name: str = "", tell: Tell | None = None, trace: Trace | None = None
+) -> AsyncIterator[Session]:
+    """A session with a storage daemon on the images of a stopped domain.
+
+    The daemon ends with the session, unless a snapshot or an export is left in it: then it stays, and the next session
+    on these images finds it.  Refused when another process uses an image.
+    """
+    place = daemon_place(images, lock_directory())
+    title = name or Path(images[0].path).stem
+    async with AsyncExitStack() as resources:
+        resources.enter_context(domain_lock(place.identity, title))
+        daemon = OfflineDaemon(images, place)
+        line = await uncancelled(asyncio.to_thread(daemon.start))
+        resources.callback(line.socket.close)
+        try:
+            monitor = await connect(line, trace)
+        except BaseException:
+            await uncancelled(asyncio.to_thread(daemon.terminate))
+            raise
+        session = Session(monitor, line.peer, resources, default_name=title, daemon=True, tell=tell, trace=trace)
+        try:
+            yield session
+        finally:
+            await uncancelled(session.end_daemon(daemon))

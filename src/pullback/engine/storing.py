@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The repository's side of a backup: what is read or pushed becomes blobs, segments, a manifest, a snapshot file.
+
+Everything here blocks and runs on threads; :class:`Storing` is used by one thread at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import pullback
+from pullback.engine.events import Emit, Note
+from pullback.engine.freezing import Snapshot
+from pullback.engine.pull import DiskCount, Pull
+from pullback.engine.push import PushedDisk, Writers
+from pullback.engine.survey import Offered, Survey, survey
+from pullback.errors import Damaged, RepositoryUnsupported
+from pullback.model.facts import Disk, Facts
+from pullback.model.manifest import BaseRef, DiskEntry, Manifest, parse_manifest
+from pullback.model.units import MIB, SEGMENT
+from pullback.nbd.address import Address
+from pullback.plan.base import Base, Full, Incremental, StoredPoint
+from pullback.plan.selection import Selection
+from pullback.repository.layout import BackupBuilder, StoredBackup
+from pullback.repository.repository import Repository
+from pullback.repository.snapshots import Snapshot as SnapshotFile
+from pullback.repository.writer import PackWriter
+
+#: Backups that pullback made carry this tag; only they are bases.
+TAG = "pullback"
+#: A further thread is worth its packs for every so many bytes to read.
+_BYTES_PER_THREAD = 64 * MIB
+
+
+def stored_points(repository: Repository, domain: str, emit: Emit) -> Iterator[StoredPoint]:
+    """The backups of a domain that an incremental one may build on, newest first; damaged ones are passed over."""
+    for snapshot in reversed(repository.snapshots(domain)):
+        if TAG not in snapshot.tags:
+            continue
+        try:
+            manifest = parse_manifest(StoredBackup(repository, snapshot).manifest_bytes())
+        except (Damaged, RepositoryUnsupported) as error:
+            emit(Note(f"Passing over backup {snapshot.short_id} as a base, it cannot be read: {error.what}."))
+            continue
+        yield StoredPoint(snapshot.id, manifest)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All that is decided before anything is touched; ``bases`` are by target."""
+
+    name: str
+    facts: Facts
+    selection: Selection
+    bases: dict[str, Base]
+    checkpoint: str | None
+
+
+class Storing:
+    """One backup on its way into the repository; ``snapshot`` is set as soon as there is one."""
+
+    def __init__(self, repository: Repository, prepared: Prepared, threads: int, emit: Emit) -> None:
+        self._repository = repository
+        self._emit = emit
+        self._prepared = prepared
+        self._threads = threads or os.cpu_count() or 1
+        self._writers: list[PackWriter] = []
+        self._counts: Mapping[str, DiskCount] = {}
+        self._stored = {
+            base.backup: StoredBackup(repository, repository.find(base.backup))
+            for base in prepared.bases.values()
+            if isinstance(base, Incremental)
+        }
+        self._builder: BackupBuilder | None = None
+        self._stopped = False
+        self.pull: Pull | None = None
+        self.total = 0
+        self.snapshot: Snapshot | None = None
+        self.committed: tuple[Manifest, str] | None = None
+
+    @property
+    def done(self) -> int:
+        """Bytes read so far."""
+        return self.pull.done if self.pull is not None else sum(count.read for count in self._counts.values())
+
+    def stop(self) -> None:
+        """End the pull soon, from any thread."""
+        self._stopped = True
+        if self.pull is not None:
+            self.pull.stop()
+
+    @property
+    def paused_seconds(self) -> float:
+        """For how long the domain stood still."""
+        return self.snapshot.paused_seconds if self.snapshot else 0.0
+
+    @property
+    def result(self) -> tuple[Manifest, str]:
+        """The manifest and the id of the backup, once it is committed."""
+        assert self.committed is not None
+        return self.committed
+
+    def _frozen(self) -> Snapshot:
+        assert self.snapshot is not None
+        return self.snapshot
+
+    def _base(self, target: str) -> tuple[StoredBackup, str] | None:
+        base = self._prepared.bases[target]
+        return (self._stored[base.backup], base.checkpoint) if isinstance(base, Incremental) else None
+
+    def _begin(self, threads: int) -> BackupBuilder:
+        # What a full backup reads may be in the repository already; only the index tells.
+        self._repository.load_index()
+        self._writers = [self._repository.new_writer() for _ in range(max(1, min(self._threads, threads)))]
+        return BackupBuilder(self._repository, self._writers[0], self._prepared.name, self._frozen().time)
+
+    # -- pull -----------------------------------------------------------------------------------------------------
+
+    def run_pull(self, address: Address, exports: Mapping[str, str], exact: bool) -> None:
+        """Survey the exports (names by target), read and store them; only the writers are still open afterwards.
+
+        Unless ``exact``, QEMU's frozen views need care (``plan.method.FROZEN_VIEW_EXACT``).
+        """
+        disks = self._prepared.selection.disks
+        surveys = [self._survey(address, exports[disk.target], disk, exact) for disk in disks]
+        self.total = sum(one.to_read for one in surveys)
+        builder = self._builder = self._begin(1 + self.total // _BYTES_PER_THREAD)
+        for one in surveys:
+            builder.add_disk(one.source.target)
+            for segment in one.kept:
+                builder.keep_segment(one.source.target, segment.number, segment.subtree_id)
+        self.pull = Pull(builder, [one.source for one in surveys], let_go=True)
+        if not self._stopped:
+            self.pull.run(self._writers)
+        self._counts = self.pull.counts
+
+    def _survey(self, address: Address, export: str, disk: Disk, exact: bool) -> Survey:
+        offered = Offered(address, export, disk.target, disk.virtual_size, exact)
+        try:
+            found = survey(offered, self._base(disk.target), let_go=True)
+        except Damaged as error:
+            raise Damaged(
+                f"the last backup cannot be built on: {error.what}",
+                means="No backup was stored.",
+                todo="Run the backup with --full, and look into the repository with restic check.",
+            ) from error
+        if found.distrust:
+            self._prepared.bases[disk.target] = Full(found.distrust)
+            self._emit(Note(f"Reading {disk.target} whole after all: {found.distrust}."))
+        return found
+
+    # -- push -----------------------------------------------------------------------------------------------------
+
+    def begin_push(self) -> list[PushedDisk]:
+        """The exports that QEMU is to push its disks to."""
+        self._builder = self._begin(self._threads)
+        writers = Writers(self._writers)
+        pushed = [PushedDisk(disk.target, disk.virtual_size, writers) for disk in self._prepared.selection.disks]
+        self._counts = {disk.target: disk.count for disk in pushed}
+        return pushed
+
+    def finish_push(self, pushed: Sequence[PushedDisk]) -> None:
+        """Build the segments of what was pushed."""
+        assert self._builder is not None
+        for disk in pushed:
+            base = self._base(disk.target)
+            disk.finish(self._repository, self._builder, self._writers[0], base[0] if base else None)
+
+    # -- commit ---------------------------------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """Packs, then index, then the snapshot file; when this returns the backup exists."""
+        assert self._builder is not None
+        manifest = self._manifest()
+        tree = self._builder.finish(manifest.to_bytes())
+        for writer in self._writers:
+            writer.flush()
+        self._repository.save_index()
+        parents = [stored.snapshot for stored in self._stored.values()]
+        parent = max(parents, key=lambda snapshot: snapshot.time, default=None)
+        backup = self._repository.save_snapshot(
+            SnapshotFile(
+                time=self._frozen().time,
+                tree=tree,
+                paths=(self._builder.path,),
+                hostname=self._prepared.name,
+                tags=(TAG,),
+                parent=parent.id if parent else None,
+                program_version=f"pullback {pullback.__version__}",
+            )
+        )
+        self.committed = manifest, backup
+
+    def abandon(self) -> None:
+        """Give up what is not stored; no thread is at work any more."""
+        for writer in self._writers:
+            writer.abandon()
+
+    def _manifest(self) -> Manifest:
+        return Manifest(
+            domain=self._prepared.name,
+            uuid=self._prepared.facts.uuid,
+            time=self._frozen().time,
+            consistency=self._frozen().consistency,
+            qemu=".".join(map(str, self._prepared.facts.version)),
+            pullback=pullback.__version__,
+            segment_size=SEGMENT,
+            disks=tuple(self._entry(disk) for disk in self._prepared.selection.disks),
+            skipped=self._prepared.selection.skipped,
+        )
+
+    def _entry(self, disk: Disk) -> DiskEntry:
+        base, count = self._prepared.bases[disk.target], self._counts[disk.target]
+        incremental = isinstance(base, Incremental)
+        return DiskEntry(
+            target=disk.target,
+            virtual_size=disk.virtual_size,
+            checkpoint=None if disk.untracked else self._frozen().checkpoint,
+            mode="incremental" if incremental else "full",
+            reason="" if isinstance(base, Incremental) else base.reason,
+            base=BaseRef(base.backup, base.checkpoint) if isinstance(base, Incremental) else None,
+            source_format=disk.driver,
+            bytes_read=count.read,
+            bytes_new=count.new,
+            bytes_zero=count.zero,
+        )
