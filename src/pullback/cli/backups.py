@@ -49,9 +49,7 @@ def init(
 
 
 def backup(
-    domain: Annotated[
-        str, typer.Argument(metavar="DOMAIN", help="qmp:PATH (a QMP socket), or a name from the configuration")
-    ],
+    domain: opt.DomainArgument,
     disk: opt.Disks = None,
     full: Annotated[bool, typer.Option("--full", help="Read the disks whole, whatever is known of changes")] = False,
     name: Annotated[
@@ -72,22 +70,29 @@ def backup(
             help="How many of its own checkpoints this repository keeps per disk",
         ),
     ] = 4,
+    freeze: opt.FreezeOption = False,
+    require_freeze: opt.RequireFreeze = False,
+    agent: opt.AgentSocket = None,
+    method: opt.MethodOption = None,
     repo: opt.Repo = None,
     password_file: opt.PasswordFile = None,
     password_command: opt.PasswordCommand = None,
     lock_retry: opt.LockRetry = 0.0,
     config: opt.ConfigFile = None,
+    dry_run: opt.DryRun = False,
+    trace: opt.TraceOption = False,
     json: opt.Json = False,
 ) -> None:
-    """Back up a running domain: what changed, or all of it."""
+    """Back up a domain: what changed, or all of it."""
     settings = opt.load_config(config)
     found = find_domain(domain, settings)
     opener = repository_opener(opt.repository_options(repo, password_file, password_command, settings))
-    from pullback.engine.backup import BackupRequest, run_backup
+    from pullback.engine.backup import BackupRequest, plan_backup, run_backup
 
     request = BackupRequest(
-        socket=found.qmp,
-        name=name or found.name,
+        domain=opt.domain_address(found, name, agent),
+        freeze=opt.freeze_mode(freeze, require_freeze),
+        method=opt.method_of(method),
         disks=tuple(disk or found.disks),
         full=full,
         scratch=scratch or found.scratch,
@@ -95,8 +100,12 @@ def backup(
         lock_retry=lock_retry,
     )
     reporter = Reporter(json)
+    tracer = reporter.trace if trace else None
+    if dry_run:
+        run_interruptible(plan_backup(request, opener, reporter.emit, reporter.plan, tracer))
+        return
     with reporter.working():
-        result = run_interruptible(run_backup(request, opener, reporter.emit))
+        result = run_interruptible(run_backup(request, opener, reporter.emit, tracer))
     reporter.answer(_backup_json(result), _backup_lines(result))
 
 

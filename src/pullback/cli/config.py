@@ -6,10 +6,11 @@ location = "/srv/backup"            as --repo
 password-file = "/etc/pullback/pw"  as --password-file; or password-command
 
 [domain.web]
-qmp = "/run/qemu/web.qmp"           the QMP socket
+qmp = "/run/qemu/web.qmp"           the QMP socket; or images = "vda=/srv/web.qcow2", as disk:…
 name = "web-server"                 in the repository; default: the table's name
 disks = ["vda", "vdb"]              default: all
 scratch = "/var/tmp"                as --scratch
+agent = "/run/qemu/web.agent"       the guest agent's socket, as --agent
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from pullback.errors import UsageError
 class DomainOptions:
     """How to reach a domain and what its backups are called; empty where nothing is said."""
 
-    qmp: str
+    qmp: str = ""
+    images: str = ""
     name: str = ""
     disks: tuple[str, ...] = ()
     scratch: str | None = None
+    agent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +93,20 @@ class _Tables:
 
     def _domain(self, name: str, table: dict[str, Any]) -> DomainOptions:
         where = f"domain.{name}."
-        self._only(table, ("qmp", "name", "disks", "scratch"), where)
-        qmp = self._text(table, where, "qmp")
-        if not qmp:
-            raise self._wrong(f"{where}qmp is missing")
+        self._only(table, ("qmp", "images", "name", "disks", "scratch", "agent"), where)
+        qmp, images = self._text(table, where, "qmp") or "", self._text(table, where, "images") or ""
+        if bool(qmp) == bool(images):
+            raise self._wrong(f"{where}qmp is missing" if not qmp else f"{where}qmp and images cannot both be given")
         disks = table.get("disks", [])
         if not isinstance(disks, list) or not all(isinstance(disk, str) for disk in disks):
             raise self._wrong(f"{where}disks is not a list of names")
         return DomainOptions(
-            qmp, self._text(table, where, "name") or name, tuple(disks), self._text(table, where, "scratch")
+            qmp,
+            images,
+            self._text(table, where, "name") or name,
+            tuple(disks),
+            self._text(table, where, "scratch"),
+            self._text(table, where, "agent") or "",
         )
 
     def _wrong(self, what: str) -> UsageError:
@@ -122,15 +130,15 @@ class _Tables:
 
 
 def find_domain(spec: str, config: Config) -> DomainOptions:
-    """The domain that ``DOMAIN`` on the command line means: ``qmp:PATH``, or a name from the configuration."""
+    """The domain that ``DOMAIN`` on the command line means: qmp:PATH, disk:IMAGES, or a name from the configuration."""
     kind, colon, path = spec.partition(":")
-    if colon and kind == "qmp":
+    if colon and kind in ("qmp", "disk"):
         if not path:
-            raise UsageError("qmp: is followed by no path", todo="Write qmp:/path/of/the/socket.")
-        return DomainOptions(path)
+            raise UsageError(f"{kind}: is followed by no path", todo=f"Write {kind}:/path.")
+        return DomainOptions(qmp=path) if kind == "qmp" else DomainOptions(images=path)
     if spec in config.domains:
         return config.domains[spec]
     there = (
         f"It names {', '.join(config.domains)}." if config.domains else "There is no configuration file that names any."
     )
-    raise UsageError(f"{spec!r} is neither qmp:PATH nor a domain of the configuration", todo=there)
+    raise UsageError(f"{spec!r} is neither qmp:PATH, nor disk:PATH, nor a domain of the configuration", todo=there)

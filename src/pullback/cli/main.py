@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import pullback
-from pullback.cli import backups
+from pullback.cli import backups, checkpoints, domains, exports, snapshots
 from pullback.cli.interrupts import EXIT_INTERRUPTED, Interrupted
 from pullback.cli.reporter import Reporter, silence
 from pullback.errors import PullbackError, UsageError
@@ -31,6 +31,14 @@ app.command("init")(backups.init)
 app.command("backup")(backups.backup)
 app.command("list")(backups.list_backups)
 app.command("restore")(backups.restore)
+app.command("recover")(domains.recover)
+for _name, _group in (
+    ("domain", domains.app),
+    ("checkpoint", checkpoints.app),
+    ("snapshot", snapshots.app),
+    ("export", exports.app),
+):
+    app.add_typer(_group, name=_name)
 
 
 def _show_version(wanted: bool) -> None:

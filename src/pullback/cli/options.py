@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pullback.cli.config import Config, load_config
+from pullback.cli.config import Config, DomainOptions, load_config
 from pullback.cli.passwords import RepositoryOptions, from_environment
+from pullback.errors import UsageError
+
+if TYPE_CHECKING:
+    from pullback.engine.domain import DomainAddress
+    from pullback.engine.freezing import Freeze
+    from pullback.plan.method import Method
 
 Repo = Annotated[
     str | None,
@@ -31,6 +37,30 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON lines for program
 LockRetry = Annotated[
     float, typer.Option("--lock-retry", metavar="SECONDS", min=0, help="Wait so long for a locked repository")
 ]
+DomainArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="DOMAIN",
+        help="qmp:PATH (a QMP socket), disk:[TARGET=]PATH[,…] (a stopped domain), or a name from the configuration",
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be sent to QEMU, and change nothing")]
+TraceOption = Annotated[bool, typer.Option("--trace", help="Print every command sent to QEMU and its reply")]
+AgentSocket = Annotated[
+    str | None, typer.Option("--agent", metavar="PATH", help="The unix socket of the domain's guest agent")
+]
+FreezeOption = Annotated[
+    bool, typer.Option("--freeze", help="Have the guest agent freeze the file systems around the instant")
+]
+RequireFreeze = Annotated[
+    bool, typer.Option("--require-freeze", help="The same, and make nothing if they cannot be frozen")
+]
+MethodOption = Annotated[
+    str | None, typer.Option("--method", metavar="filter|job", help="How to freeze [the safe one for this QEMU]")
+]
+Scratch = Annotated[
+    str | None, typer.Option("--scratch", metavar="DIR", help="Where QEMU makes the scratch images [/var/tmp]")
+]
 Disks = Annotated[
     list[str] | None, typer.Option("--disk", "-d", metavar="DISK", help="Only this disk; may be repeated")
 ]
@@ -44,14 +74,44 @@ def repository_options(
     return given.or_else(from_environment()).or_else(config.repository)
 
 
+def domain_address(found: DomainOptions, name: str | None = None, agent: str | None = None) -> DomainAddress:
+    """How to reach the domain that the command line means."""
+    from pullback.engine.domain import DomainAddress
+
+    return DomainAddress(found.qmp, found.images, name or found.name, agent or found.agent)
+
+
+def freeze_mode(freeze: bool, require: bool) -> Freeze:
+    """What the two options come to."""
+    return "require" if require else "try" if freeze else "no"
+
+
+def method_of(given: str | None) -> Method | None:
+    """The method asked for; UsageError for another word."""
+    if given is None or given in ("filter", "job"):
+        return "job" if given == "job" else "filter" if given else None
+    raise UsageError(f"{given!r} is no method to freeze with", todo="Use filter or job, or leave --method out.")
+
+
 __all__ = [
+    "AgentSocket",
     "ConfigFile",
     "Disks",
+    "DomainArgument",
+    "DryRun",
+    "FreezeOption",
     "Json",
     "LockRetry",
+    "MethodOption",
     "PasswordCommand",
     "PasswordFile",
     "Repo",
+    "RequireFreeze",
+    "Scratch",
+    "TraceOption",
+    "domain_address",
+    "freeze_mode",
     "load_config",
+    "method_of",
     "repository_options",
 ]

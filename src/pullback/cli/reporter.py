@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -25,6 +25,8 @@ from pullback.model.units import human_bytes, human_seconds
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
+
+    from pullback.plan.command import Plan
 
 #: Seconds between two lines of progress where there is no terminal.
 _PLAIN_EVERY = 5.0
@@ -72,6 +74,26 @@ class Reporter:
             self.result(value)
         else:
             _print_result("\n".join(lines))
+
+    def plan(self, plan: Plan) -> None:
+        """Print the commands of a plan that is not carried out, each with its reason."""
+        for step in plan.commands():
+            command = {"execute": step.execute, "arguments": dict(step.arguments)}
+            if self._json:
+                self.result({"event": "command", "why": step.why, **command})
+            else:
+                _print_result(f"# {step.why}\n{json.dumps(command, ensure_ascii=False)}")
+
+    def trace(self, command: str, arguments: Mapping[str, Any], reply: Any) -> None:
+        """Print an operation (``command`` is empty), or a command and its reply."""
+        if self._json:
+            self.result({"event": "trace", "command": command, "arguments": dict(arguments), "reply": reply})
+        elif not command:
+            given = ", ".join(f"{name}={value!r}" for name, value in arguments["arguments"].items())
+            self._say(f"{arguments['call']}({given})")
+        else:
+            self._say(f"  -> {json.dumps({'execute': command, 'arguments': dict(arguments)}, ensure_ascii=False)}")
+            self._say(f"  <- {json.dumps(reply, ensure_ascii=False)}")
 
     def error(self, message: str, exit_code: int) -> None:
         """Tell why it failed."""
