@@ -25,6 +25,7 @@ from lab.monitor import QmpError
 from lab.processes import run, wait_for
 from lab.qemu import BareQemu, Qemu
 from pullback.engine.backup import BackupRequest, BackupResult, run_backup
+from pullback.engine.domain import DomainAddress
 from pullback.engine.events import Event, silent
 from pullback.engine.listing import list_stored
 from pullback.engine.restore import Restore, RestoreRequest, RestoreResult
@@ -74,7 +75,7 @@ class Stage:
 
     def request(self, qemu: Qemu, **more: Any) -> BackupRequest:
         """A backup of this domain with this stage's scratch."""
-        return BackupRequest(str(qemu.qmp_path), **{"scratch": str(self.scratch), **more})
+        return BackupRequest(DomainAddress(str(qemu.qmp_path)), **{"scratch": str(self.scratch), **more})
 
     def backup(
         self, qemu: Qemu, emit: Callable[[Event], None] = silent, repo: Path | None = None, **more: Any

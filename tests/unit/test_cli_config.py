@@ -240,8 +240,8 @@ def test_a_domain_is_a_socket_or_a_name(tmp_path: Path) -> None:
         '[domain.db]\nqmp = "/run/db"\nname = "base"\ndisks = ["sda"]\nscratch = "/s"\n',
     )
     config = load_config(str(path))
-    assert find_domain("web", config) == DomainOptions("/run/web", "web")
-    assert find_domain("db", config) == DomainOptions("/run/db", "base", ("sda",), "/s")
+    assert find_domain("web", config) == DomainOptions("/run/web", name="web")
+    assert find_domain("db", config) == DomainOptions("/run/db", name="base", disks=("sda",), scratch="/s")
     assert find_domain("qmp:/run/a:b", config) == DomainOptions("/run/a:b")
     with pytest.raises(UsageError, match="It names web, db"):
         find_domain("nonsense", config)

@@ -57,7 +57,7 @@ WRONG = [
     (["nonsense"], "nonsense"),
     (["--nonsense"], "--nonsense"),
     (["backup"], "DOMAIN"),
-    (["backup", "web"], "'web' is neither qmp:PATH nor a domain of the configuration"),
+    (["backup", "web"], "'web' is neither qmp:PATH, nor disk:PATH, nor a domain of the configuration"),
     (["backup", "qmp:"], "qmp: is followed by no path"),
     (["backup", "qmp:/x"], "no repository was named"),
     (["backup", "qmp:/x", "--keep-checkpoints", "0"], "--keep-checkpoints"),
