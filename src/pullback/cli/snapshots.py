@@ -67,7 +67,7 @@ def create(
 
     made = on.run(make)
     if not dry_run:
-        on.reporter.answer({"event": "snapshot", **_json(made)}, _lines(made, request))
+        on.reporter.answer({"event": "snapshot", **_json(made), **_how(made)}, _lines(made, request))
 
 
 def _json(snapshot: Snapshot) -> dict[str, Any]:
@@ -77,6 +77,12 @@ def _json(snapshot: Snapshot) -> dict[str, Any]:
         "time": snapshot.time.isoformat(),
         "checkpoint": snapshot.checkpoint,
         "disks": list(snapshot.targets),
+    }
+
+
+def _how(snapshot: Snapshot) -> dict[str, Any]:
+    """What only its maker knows: QEMU keeps none of it."""
+    return {
         "consistency": snapshot.consistency,
         "paused_ms": round(snapshot.paused_seconds * 1000, 1),
         "frozen_ms": round(snapshot.frozen_seconds * 1000, 1),

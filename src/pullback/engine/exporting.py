@@ -74,7 +74,7 @@ def _uri(server: ServerMark | None, name: str) -> str:
     if server is None:
         return ""
     if server.kind == "unix":
-        return UnixAddress(server.place).uri(name)
+        return UnixAddress(server.place).uri(name, tls=server.tls is not None)
     host, _, port = server.place.rpartition(":")
     return TcpAddress(host, int(port)).uri(name, tls=server.tls is not None)
 
@@ -140,13 +140,18 @@ async def start_snapshot_export(session: Session, snapshot: Snapshot, request: E
             _view(facts, snapshot, disk.target, request.direct),
             disk.node,
             request.names.get(disk.target, disk.target),
-            tuple(changes_of(snapshot, disk, request.since_of(disk.target))),
+            tuple(changes_of(snapshot, disk, request.since_of(disk.target), planned=_planned(session, facts, snapshot))),
         )
         for disk in disks
     ]
     if request.saved:
         parts += [_saved(part) for part in parts]
     return await _start(session, facts, parts, request, writable=request.writable)
+
+
+def _planned(session: Session, facts: Facts, snapshot: Snapshot) -> bool:
+    """Whether a dry run only told of this snapshot."""
+    return session.dry and snapshot.names(snapshot.targets[0]).node("access") not in facts.nodes
 
 
 def _view(facts: Facts, snapshot: Snapshot, target: str, direct: bool) -> str:
@@ -160,16 +165,21 @@ def _saved(part: ExportPart) -> ExportPart:
     return ExportPart(part.names, part.target, part.names.node("scratch"), part.disk_node, f"{part.name}/saved")
 
 
-def changes_of(snapshot: Snapshot, disk: Disk, since: Since) -> list[tuple[str, tuple[Edge, ...]]]:
-    """For each checkpoint in ``since`` the edges that lead from it to the snapshot; Refused where that is not known."""
+def changes_of(
+    snapshot: Snapshot, disk: Disk, since: Since, *, planned: bool = False
+) -> list[tuple[str, tuple[Edge, ...]]]:
+    """For each checkpoint in ``since`` the edges that lead from it to the snapshot; Refused where that is not known.
+
+    Of a snapshot that is only ``planned`` the checkpoint would come after all that are there.
+    """
     chain = read_chain(disk.bitmaps)
     if since == "all":
         before = chain.points[: chain.points.index(snapshot.checkpoint)] if snapshot.checkpoint in chain.points else ()
         since = before
-    return [(name, _edges(snapshot, disk, chain, name)) for name in since]
+    return [(name, _edges(snapshot, disk, chain, name, planned)) for name in since]
 
 
-def _edges(snapshot: Snapshot, disk: Disk, chain: Chain, since: str) -> tuple[Edge, ...]:
+def _edges(snapshot: Snapshot, disk: Disk, chain: Chain, since: str, planned: bool) -> tuple[Edge, ...]:
     if disk.untracked:
         raise Refused(f"changes of {disk.target} are not known: {disk.untracked}", means="Nothing was exported.")
     if snapshot.checkpoint is None:
@@ -184,6 +194,8 @@ def _edges(snapshot: Snapshot, disk: Disk, chain: Chain, since: str) -> tuple[Ed
             f"changes of {disk.target} since {since} are not known: {edges.reason}", means="Nothing was exported."
         )
     points = [edge.checkpoint for edge in edges]
+    if planned:
+        return edges
     if snapshot.checkpoint not in points:
         raise Refused(
             f"changes from {since} to snapshot {snapshot.name} cannot be told: its checkpoint {snapshot.checkpoint} is"

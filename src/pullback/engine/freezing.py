@@ -147,7 +147,8 @@ async def freeze_disks(session: Session, request: SnapshotRequest, agent_path: s
             f"no checkpoint can be made: {disks[0].target}: {disks[0].untracked}", means="Nothing was frozen."
         )
     snapshot = _new(request, disks, bool(tracked))
-    async with _agent(request.freeze, agent_path) as agent:
+    # A dry run leaves the file systems inside alone, too.
+    async with _agent("no" if session.dry else request.freeze, agent_path) as agent:
         try:
             await _carry_out(session, facts, request, snapshot, disks, method, agent)
         except BaseException:
@@ -193,7 +194,7 @@ async def _carry_out(
         tracked,
         snapshot.checkpoint,
         method,
-        running=facts.running and agent is None,
+        running=facts.running and agent is None and not (session.dry and request.freeze != "no"),
         break_snapshot=ON_CBW_ERROR in facts.features,
     )
     if agent is None:
