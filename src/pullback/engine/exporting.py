@@ -140,7 +140,9 @@ async def start_snapshot_export(session: Session, snapshot: Snapshot, request: E
             _view(facts, snapshot, disk.target, request.direct),
             disk.node,
             request.names.get(disk.target, disk.target),
-            tuple(changes_of(snapshot, disk, request.since_of(disk.target), planned=_planned(session, facts, snapshot))),
+            tuple(
+                changes_of(snapshot, disk, request.since_of(disk.target), planned=_planned(session, facts, snapshot))
+            ),
         )
         for disk in disks
     ]
