@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-new-qemu lint clean
 
 help:
 	@echo 'make setup   install what is missing, make .venv (Debian 12 or newer, root or sudo)'
 	@echo 'make demo    a real VM: full and incremental backup, a disaster, a restore'
 	@echo 'make test    all tests, on two cores'
+	@echo 'make test-new-qemu'
+	@echo '             all tests against a newer QEMU, unpacked into .cache (root or sudo; see docs/testing.md)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make clean   remove everything that was made here'
 
@@ -17,6 +19,10 @@ demo: setup
 # An idle worker takes tests from the other one: guests, the slow tests, boot on both cores at once.
 test: setup
 	@.venv/bin/python -m pytest -n 2 --dist worksteal --color=no $(ARGS)
+
+test-new-qemu: setup
+	@bin=$$(scripts/newer-qemu) && PATH="$$bin:$$PATH" \
+		.venv/bin/python -m pytest -n 2 --dist worksteal --color=no $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check --quiet .

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import shutil
 import tempfile
@@ -14,11 +15,21 @@ from typing import Any, Self
 
 from lab.disks import DiskSpec, arguments
 from lab.monitor import Monitor, MonitorClosed
-from lab.processes import LabError, Process, wait_for
+from lab.processes import LabError, Process, run, wait_for
 
 PROGRAM = "qemu-system-x86_64"
 LONGEST_SOCKET_PATH = 107
 """Bytes in a unix socket's path, without the final zero (unix(7))."""
+
+
+@functools.cache
+def qemu_version() -> tuple[int, ...]:
+    """(major, minor, micro) of the QEMU that the laboratory starts: the first one in PATH."""
+    said = run([PROGRAM, "--version"]).decode()
+    found = re.search(r"version (\d+)\.(\d+)\.(\d+)", said)
+    if found is None:
+        raise LabError(f"{PROGRAM} tells no version: {said}")
+    return tuple(map(int, found.groups()))
 
 
 def short_directory() -> Path:

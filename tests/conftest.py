@@ -15,10 +15,16 @@ from typing import Any
 import pytest
 
 from lab.processes import LabTimeout, wait_for
-from lab.qemu import BareQemu, short_directory
+from lab.qemu import PROGRAM, BareQemu, qemu_version, short_directory
 from lab.vm import Vm
 
 MARK = "PULLBACK_TEST_SESSION"
+
+
+def pytest_report_header() -> str:
+    """Which QEMU the tests run against: the first one in PATH."""
+    found = ".".join(map(str, qemu_version())) if shutil.which(PROGRAM) else "none, so most tests fail"
+    return f"QEMU: {found} ({shutil.which(PROGRAM)})"
 
 
 def _survivors(mark: str) -> dict[int, str]:
