@@ -15,7 +15,7 @@ from pullback.errors import DomainBusy, Refused
 from pullback.model.chain import Edge
 from pullback.model.facts import Facts
 from pullback.model.snapshots import Names, ServerMark, current_server, foreign_exports, server_mark
-from pullback.plan.command import ExportDeleted, Plan, Step
+from pullback.plan.command import ExportDeleted, Plan, Step, transaction
 from pullback.plan.freeze import add_mark
 
 TLS_OBJECT = "pullback-tls"
@@ -41,20 +41,18 @@ class ExportPart:
         return self.names.export(self.name)
 
 
-def _gather(part: ExportPart, checkpoint: str, edges: Sequence[Edge]) -> list[Step]:
+def _gather(part: ExportPart, checkpoint: str, edges: Sequence[Edge]) -> Step:
+    """Gather the changes in one transaction: a map that is there is whole, whenever we die."""
     sources: list[Any] = [{"node": part.disk_node, "name": edge.name} for edge in edges]
-    return [
-        Step(
-            "block-dirty-bitmap-add",
-            {"node": part.node, "name": checkpoint, "disabled": True, "persistent": False},
-            f"where {part.target}'s changes since {checkpoint} are gathered; gone with the frozen view",
+    place = {"node": part.node, "name": checkpoint, "disabled": True, "persistent": False}
+    merge = {"node": part.node, "target": checkpoint, "bitmaps": sources}
+    return transaction(
+        (
+            {"type": "block-dirty-bitmap-add", "data": place},
+            {"type": "block-dirty-bitmap-merge", "data": merge},
         ),
-        Step(
-            "block-dirty-bitmap-merge",
-            {"node": part.node, "target": checkpoint, "bitmaps": sources},
-            f"all edges from {checkpoint} to the snapshot",
-        ),
-    ]
+        f"gather {part.target}'s changes from {checkpoint} to the snapshot; gone with the frozen view",
+    )
 
 
 def _address(server: ServerMark) -> Mapping[str, Any]:
@@ -117,7 +115,7 @@ def start_export(
         there = {bitmap.name for bitmap in facts.nodes[part.node].bitmaps} if part.node in facts.nodes else set()
         for checkpoint, edges in part.since:
             if checkpoint not in there:
-                steps += _gather(part, checkpoint, edges)
+                steps.append(_gather(part, checkpoint, edges))
         if part.node not in facts.nodes or server_mark(facts.nodes[part.node]) is None:
             steps.append(add_mark(part.node, server.bitmap_name(), "write down that the NBD server is ours, and where"))
     if start_server:
