@@ -9,17 +9,15 @@ would leave every dirty bitmap of the images inconsistent.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import signal
 import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pullback.errors import DomainUnreachable, Refused, UsageError
-from pullback.model.facts import DISK_NODE
+from pullback.errors import DomainUnreachable, UsageError
+from pullback.plan.offline import Image
 from pullback.qemu.monitor import Line, dial
 from pullback.qemu.storage_daemon import PROGRAM, Watcher, qemu_program
 
@@ -30,15 +28,6 @@ _TARGET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,25}")
 _QCOW2_MAGIC = b"QFI\xfb"
 
 
-@dataclass(frozen=True, slots=True)
-class Image:
-    """One image of a stopped domain, and its format ("qcow2" or "raw")."""
-
-    target: str
-    path: str
-    format: str
-
-
 def parse_images(text: str) -> tuple[Image, ...]:
     """The images in ``[TARGET=]PATH[,TARGET=PATH…]``, each PATH perhaps with ``qcow2:`` or ``raw:`` before it.
 
@@ -46,18 +35,31 @@ def parse_images(text: str) -> tuple[Image, ...]:
     what cannot be opened as an image, and where the format would have to be guessed.
     """
     images: list[Image] = []
-    for part in re.split(r"(?<!,),(?!,)", text):
-        target, equals, rest = part.replace(",,", ",").partition("=")
+    for part in _parts(text):
+        target, equals, rest = part.partition("=")
         if not equals or "/" in target:
-            target, rest = "", part.replace(",,", ",")
+            target, rest = "", part
         given, colon, path = rest.partition(":")
         if not colon or given not in ("qcow2", "raw"):
             given, path = "", rest
         image = _image(target or Path(path).name.partition(".")[0], path, given)
         if any(other.target == image.target for other in images):
             raise UsageError(f"two images are called {image.target}", todo="Write TARGET=PATH for each.")
+        if any(Path(other.path).samefile(image.path) for other in images):
+            raise UsageError(f"the image {image.path} is named twice")
         images.append(image)
     return tuple(images)
+
+
+def _parts(text: str) -> list[str]:
+    """What single commas separate, with double ones made single."""
+    parts = [""]
+    for piece in re.findall(r",,|,|[^,]+", text):
+        if piece == ",":
+            parts.append("")
+        else:
+            parts[-1] += "," if piece == ",," else piece
+    return parts
 
 
 def _image(target: str, path: str, given: str) -> Image:
@@ -99,39 +101,36 @@ def daemon_place(images: tuple[Image, ...], directory: Path) -> DaemonPlace:
     return DaemonPlace(name, directory / f"{name}.qmp", directory / f"{name}.pid", directory / f"{name}.log")
 
 
-def _arguments(images: tuple[Image, ...], place: DaemonPlace) -> list[str]:
+def _arguments(place: DaemonPlace) -> list[str]:
     argv = [qemu_program(PROGRAM), "--pidfile", str(place.pidfile)]
-    argv += ["--chardev", f"socket,id=qmp,path={place.socket},server=on,wait=off", "--monitor", "chardev=qmp"]
-    for image in images:
-        options = {
-            "driver": image.format,
-            "node-name": f"{DISK_NODE}{image.target}",
-            "discard": "unmap",
-            "file": {"driver": "file", "filename": image.path, "discard": "unmap"},
-        }
-        argv += ["--blockdev", json.dumps(options)]
-    return argv
+    return [*argv, "--chardev", f"socket,id=qmp,path={place.socket},server=on,wait=off", "--monitor", "chardev=qmp"]
 
 
 class OfflineDaemon:
-    """The daemon on a stopped domain's images for the time of a session; blocking."""
+    """The daemon on a stopped domain's images for the time of a session; blocking.
 
-    def __init__(self, images: tuple[Image, ...], place: DaemonPlace) -> None:
-        self._images = images
+    It is started without any: see :mod:`pullback.plan.offline`.
+    """
+
+    def __init__(self, place: DaemonPlace) -> None:
         self._place = place
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher: Watcher | None = None
 
+    @property
+    def found(self) -> bool:
+        """Whether an earlier command's daemon was there, with the images open and something of ours in it."""
+        return self._process is None
+
     def start(self) -> Line:
-        """Find the daemon, or start it.  Refused when another process uses an image."""
+        """Find the daemon, or start an empty one.  DomainUnreachable, with its words, when it does not come up."""
         try:
             return dial(str(self._place.socket))
         except DomainUnreachable:
-            self._place.socket.unlink(missing_ok=True)
-            self._place.pidfile.unlink(missing_ok=True)
+            self.wait()
         with self._place.log.open("wb") as log:
             self._process = subprocess.Popen(
-                _arguments(self._images, self._place),
+                _arguments(self._place),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -145,42 +144,33 @@ class OfflineDaemon:
             time.sleep(0.005)
         return dial(str(self._place.socket))
 
-    def _failed(self) -> Refused:
-        assert self._process is not None
-        if self._process.poll() is None:
-            self._process.terminate()
-        self._process.wait()
-        self._forget()
+    def _failed(self) -> DomainUnreachable:
         said = self._place.log.read_text(errors="replace").strip().splitlines()[-1:] or ["no word"]
-        self._place.log.unlink(missing_ok=True)
-        if "lock" in said[0]:
-            return Refused(
-                f"an image is in use by another process ({said[0].partition(': ')[2] or said[0]})",
-                means="Nothing was touched.",
-                todo="If the domain is running, name it by its QMP socket (qmp:PATH).",
-            )
-        return Refused(f"the storage daemon cannot open the images: {said[0]}", means="Nothing was touched.")
+        self.terminate()
+        return DomainUnreachable(f"the storage daemon did not start: {said[0]}", means="Nothing was touched.")
 
     def leave(self) -> None:
         """Let the daemon live on: something of ours is in it."""
         if self._watcher is not None:
             self._watcher.release()
 
-    def stop(self) -> None:
-        """Wait for the daemon to end, after ``quit``; its images are stored then."""
+    def wait(self) -> None:
+        """Wait for the daemon to end, after ``quit`` or its maker's death; what its images hold is stored then."""
         pid = self._pid()
         deadline = time.monotonic() + _STOP
         while pid is not None and _alive(pid, self._process) and time.monotonic() < deadline:
             time.sleep(0.005)
-        self._forget()
-        self._place.log.unlink(missing_ok=True)
+        if self._watcher is not None:
+            self._watcher.release()
+            self._watcher = None
+        for path in (self._place.socket, self._place.pidfile, self._place.log):
+            path.unlink(missing_ok=True)
 
     def terminate(self) -> None:
-        """End the daemon, in order, when it could not be told to quit."""
-        pid = self._pid()
-        if pid is not None and _alive(pid, self._process):
-            os.kill(pid, signal.SIGTERM)
-        self.stop()
+        """End the daemon we started, in order, when it could not be told to quit; a found one is left alone."""
+        if self._process is not None:
+            self._process.terminate()
+            self.wait()
 
     def _pid(self) -> int | None:
         if self._process is not None:
@@ -189,13 +179,6 @@ class OfflineDaemon:
             return int(self._place.pidfile.read_text())
         except (OSError, ValueError):
             return None
-
-    def _forget(self) -> None:
-        if self._watcher is not None:
-            self._watcher.release()
-            self._watcher = None
-        for path in (self._place.socket, self._place.pidfile):
-            path.unlink(missing_ok=True)
 
 
 def _alive(pid: int, process: subprocess.Popen[bytes] | None) -> bool:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pullback.engine.domain_lock import domain_lock, lock_directory, qemu_identity
-from pullback.engine.offline import Image, OfflineDaemon, daemon_place
-from pullback.errors import DomainError
+from pullback.engine.offline import OfflineDaemon, daemon_place
+from pullback.errors import CommandFailed, DomainError, Refused
 from pullback.model.facts import Facts
 from pullback.model.snapshots import read_exports, read_snapshots
 from pullback.plan.command import Plan
+from pullback.plan.offline import Image, open_images, try_images
 from pullback.qemu.execute import run_plan
 from pullback.qemu.monitor import JobState, Monitor, Peer, Trace, connect, dial
 from pullback.qemu.observe import observe, observe_daemon
@@ -97,7 +98,7 @@ class Session:
             await asyncio.to_thread(daemon.terminate)
             return
         await self._monitor.close()
-        await asyncio.to_thread(daemon.stop)
+        await asyncio.to_thread(daemon.wait)
 
     async def reconnect(self) -> None:
         """Make a new connection if the old one was given up.  DomainUnreachable when QEMU is gone."""
@@ -136,6 +137,28 @@ async def open_session(
         yield Session(monitor, line.peer, resources, default_name=name or Path(socket).stem, tell=tell, trace=trace)
 
 
+async def _give_up(daemon: OfflineDaemon, monitor: Monitor | None) -> None:
+    if monitor is not None:
+        await monitor.close()
+    await asyncio.to_thread(daemon.terminate)
+
+
+async def _open_images(monitor: Monitor, images: tuple[Image, ...]) -> None:
+    try:
+        await run_plan(monitor, try_images(images) + open_images(images))
+    except CommandFailed as error:
+        # QEMU's 'Failed to get shared "write" lock'
+        if '" lock' in error.desc:
+            raise Refused(
+                f"an image is in use by another process: {error.desc}",
+                means="Nothing was touched.",
+                todo="If the domain is running, name it by its QMP socket (qmp:PATH).",
+            ) from error
+        raise Refused(
+            f"the storage daemon cannot open the images: {error.desc}", means="Nothing was touched."
+        ) from error
+
+
 @asynccontextmanager
 async def open_offline_session(
     images: tuple[Image, ...], *, name: str = "", tell: Tell | None = None, trace: Trace | None = None
@@ -149,13 +172,16 @@ async def open_offline_session(
     title = name or Path(images[0].path).stem
     async with AsyncExitStack() as resources:
         resources.enter_context(domain_lock(place.identity, title))
-        daemon = OfflineDaemon(images, place)
-        line = await uncancelled(asyncio.to_thread(daemon.start))
-        resources.callback(line.socket.close)
+        daemon = OfflineDaemon(place)
+        monitor = None
         try:
+            line = await uncancelled(asyncio.to_thread(daemon.start))
+            resources.callback(line.socket.close)
             monitor = await connect(line, trace)
+            if not daemon.found:
+                await _open_images(monitor, images)
         except BaseException:
-            await uncancelled(asyncio.to_thread(daemon.terminate))
+            await uncancelled(_give_up(daemon, monitor))
             raise
         session = Session(monitor, line.peer, resources, default_name=title, daemon=True, tell=tell, trace=trace)
         try:
