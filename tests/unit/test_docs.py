@@ -30,7 +30,7 @@ from pullback.cli.main import app
 from pullback.engine import events
 from pullback.model.manifest import DiskEntry, Manifest
 from pullback.model.units import CHUNK, MIB, SEGMENT
-from pullback.plan.snapshot import CBW_TIMEOUT
+from pullback.plan.freeze import CBW_TIMEOUT
 from tests.support.backups import open_repository, store_backup
 from tests.support.markdown import code_blocks, named, plain, rows, sections, without_code
 from tests.support.product import Done, Stage
@@ -109,6 +109,9 @@ KINDS: Mapping[str, tuple[type, ...]] = {
     "integer": (int,),
     "number": (int, float),
     "list": (list,),
+    "boolean": (bool,),
+    "object": (dict,),
+    "any": (object,),
 }
 
 
@@ -132,7 +135,8 @@ def check_object(text: str, heading: str, value: Mapping[str, Any]) -> list[str]
     wrong = [
         f"{heading}.{key} is no {fields[key]}: {value[key]!r}"
         for key in fields.keys() & value.keys()
-        if not isinstance(value[key], KINDS[fields[key]]) or isinstance(value[key], bool)
+        if not isinstance(value[key], KINDS[fields[key]])
+        or (isinstance(value[key], bool) and bool not in KINDS[fields[key]] and fields[key] != "any")
     ]
     return differences(heading, fields, value) + wrong
 
@@ -154,6 +158,7 @@ def every_command(stage: Stage, lab_dir: Path) -> Iterator[tuple[str, Done]]:
         qemu.device_write("vda", 0, MIB)
         yield "backup", stage.cli_backup(qemu, "--json")
         yield "backup", stage.cli_backup(qemu, "--json")
+        yield from every_command_on(qemu, stage)
     repository = open_repository(stage.repo)
     with repository.lock():
         store_backup(repository, {"vda": [b"x"]}, domain="broken", manifest=b"{")
@@ -161,28 +166,74 @@ def every_command(stage: Stage, lab_dir: Path) -> Iterator[tuple[str, Done]]:
     yield "restore", stage.cli("restore", "web@latest", "--to", stage.place / "out", "--json")
 
 
+def every_command_on(qemu: BareQemu, stage: Stage) -> Iterator[tuple[str, Done]]:
+    """The same of the commands on a domain; at its end there is a bitmap of ours that is of no use."""
+    (config := stage.place / "config.toml").write_text(f'[domain.web]\nqmp = "{qemu.qmp_path}"\n')
+    domain = f"qmp:{qemu.qmp_path}"
+    scratch = ("--scratch", str(stage.scratch))
+    given: list[tuple[str, tuple[str, ...]]] = [
+        ("domain list", ("--config", str(config))),
+        ("snapshot create", (domain, "one", "--checkpoint", "A", *scratch)),
+        ("snapshot create", (domain, "two", "--checkpoint", "B", *scratch, "--dry-run")),
+        ("snapshot list", (domain, "--trace")),
+        ("export start", (domain, "--snapshot", "one", "--all-checkpoints", "--socket", str(qemu.directory / "nbd"))),
+        ("export list", (domain,)),
+        ("checkpoint list", (domain,)),
+        ("checkpoint size", (domain, "A")),
+        ("domain show", (domain,)),
+        ("domain show", (domain, "--xml")),
+        ("export stop", (domain,)),
+        ("export stop", (domain, "nonsense")),
+        ("snapshot delete", (domain, "one")),
+        ("checkpoint delete", (domain, "A")),
+    ]
+    for command, arguments in given:
+        yield command, stage.cli(*command.split(), *arguments, "--json")
+    qemu.qmp("block-dirty-bitmap-add", node="node-vda", name="pullback-lost^gone", disabled=True)
+    yield "domain show", stage.cli("domain", "show", domain, "--json")
+    yield "recover", stage.cli("recover", domain, "--json", "--dry-run")
+
+
+def heading_of(event: Mapping[str, Any]) -> str:
+    return "domain with --xml" if "xml" in event else str(event["event"])
+
+
 def inner_objects(event: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if event["event"] == "backups":
-        for one in event["backups"]:
-            yield ("a damaged one of backups" if "damaged" in one else "one of backups"), one
-    if event["event"] == "restore":
-        for one in event["disks"]:
-            yield "one of a restore's disks", one
+    kind = event["event"]
+    for heading, name, key in [
+        ("backups", "one of backups", "backups"),
+        ("restore", "one of a restore's disks", "disks"),
+        ("domains", "one of domains", "domains"),
+        ("domain", "one of a domain's disks", "disks"),
+        ("domain", "one of a domain's snapshots", "snapshots"),
+        ("domain", "one of exports", "exports"),
+        ("checkpoints", "one of checkpoints", "checkpoints"),
+        ("changes", "one of a change's disks", "disks"),
+        ("snapshots", "one of snapshots", "snapshots"),
+        ("exports", "one of exports", "exports"),
+    ]:
+        for one in event.get(key, ()) if kind == heading else ():
+            yield ("a damaged one of backups" if "damaged" in one else name), one
+            yield from ((f"one of a disk's {inner}", x) for inner in ("chain", "broken") for x in one.get(inner, ()))
+
+
+ALSO = {"error", "trace", "command"}
 
 
 def test_everything_that_json_output_holds_is_documented(tmp_path: Path, lab_dir: Path) -> None:
     text = page("json.md")
     table = rows(text.partition("\n## ")[0])
     prints = {named(row[0])[0]: set(named(row[1])) for row in table if row[0].startswith("`")}
+    assert not differences("command", prints, commands())
     seen: set[str] = set()
     for command, done in every_command(Stage(tmp_path), lab_dir):
         assert not done.err
         for event in done.events:
-            for heading, value in [(event["event"], event), *inner_objects(event)]:
+            for heading, value in [(heading_of(event), event), *inner_objects(event)]:
                 seen.add(heading)
                 assert not check_object(text, heading, value)
-            assert event["event"] in prints[command] | {"error"}
-            for disk in event.get("disks", []) if event["event"] != "restore" else []:
+            assert event["event"] in prints[command] | ALSO
+            for disk in event.get("disks", []) if event["event"] in ("backup", "backups") else []:
                 assert not differences("disk", disk, [field.name for field in dataclasses.fields(DiskEntry)])
     assert not differences("object", documented_objects(text), seen)
 
@@ -200,11 +251,22 @@ def test_the_manifest_is_documented(cls: type) -> None:
 # -- the command line ---------------------------------------------------------------------------------------------
 
 EVERYWHERE = "Options of all commands"
+#: Sections of options that several commands have; each says which before its table.
+SHARED = (
+    "Options of commands on a repository",
+    "Options of commands on a domain",
+    "Options of commands that change a domain",
+    "Options of commands that freeze",
+)
 ITS_OWN = {"--help"}
 
 
 def commands() -> Mapping[str, Any]:
-    found: Mapping[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    """Every command by its words, those of groups too (``snapshot create``)."""
+    found: dict[str, Any] = {}
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        group = getattr(command, "commands", None)
+        found |= {name: command} if group is None else {f"{name} {one}": group[one] for one in group}
     return found
 
 
@@ -222,12 +284,22 @@ def documented_options(body: str) -> set[tuple[str, ...]]:
     return {tuple(plain(name) for name in named(row[0])) for row in rows(body)}
 
 
+def shared_options(parts: Mapping[str, str], command: str) -> set[tuple[str, ...]]:
+    found = documented_options(parts[EVERYWHERE])
+    for heading in SHARED:
+        if command in named(parts[heading].partition("\n|")[0]):
+            found |= documented_options(parts[heading])
+    return found
+
+
 def check_options(text: str) -> list[str]:
     parts = sections(text)
-    everywhere = documented_options(parts[EVERYWHERE])
     problems = differences("section", parts.keys() & commands().keys(), commands())
+    for heading in SHARED:
+        sharing = named(parts[heading].partition("\n|")[0])
+        problems += [f"{heading}: there is no command {name}" for name in sharing if name not in commands()]
     for name, command in commands().items():
-        documented = documented_options(parts.get(name, "")) | everywhere
+        documented = documented_options(parts.get(name, "")) | shared_options(parts, name)
         problems += differences(name, documented, real_options(command))
     root = {("--version",), ("--help",)}
     return problems + differences("pullback", documented_options(parts["Options of pullback"]), root)
@@ -251,11 +323,18 @@ def shown_commands(text: str) -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines if re.match(r"pullback \w", line)]
 
 
+def named_command(words: list[str]) -> tuple[str, list[str]]:
+    """Which command these words are, and what is given to it."""
+    length = 2 if " ".join(words[:2]) in commands() else 1
+    return " ".join(words[:length]), words[length:]
+
+
 def check_shown_commands(text: str) -> list[str]:
     problems = []
     for words in shown_commands(text):
+        name, given = named_command(words)
         try:
-            commands()[words[0]].make_context(words[0], words[1:])
+            commands()[name].make_context(name, given)
         except (KeyError, typer.BadParameter.__bases__[0]) as error:
             problems.append(f"pullback {' '.join(words)}: {error}")
     return problems
@@ -271,8 +350,14 @@ def test_commands_that_are_shown_can_be_given(path: Path) -> None:
     assert not check_shown_commands(path.read_text())
 
 
-def test_the_readme_shows_every_command() -> None:
-    assert {words[0] for words in shown_commands((ROOT / "README.md").read_text())} == {*commands()}
+def test_every_command_is_shown_once_where_all_are_listed() -> None:
+    first = code_blocks(page("cli.md"))[0]
+    assert sorted(named_command(words)[0] for words in shown_commands(f"```\n{first}```\n")) == sorted(commands())
+
+
+def test_the_readme_shows_every_group_of_commands() -> None:
+    shown = {words[0] for words in shown_commands((ROOT / "README.md").read_text())}
+    assert not differences("group", shown, {name.split()[0] for name in commands()})
 
 
 # -- configuration ------------------------------------------------------------------------------------------------
@@ -316,6 +401,7 @@ def test_the_configuration_that_is_shown_can_be_used(tmp_path: Path) -> None:
     config = load_config(str(path))
     assert config.repository.location == "/srv/backup"
     assert find_domain("web", config).disks == ("vda", "vdb")
+    assert find_domain("old", config).images == "vda=/srv/old/disk.qcow2"
 
 
 def test_every_variable_is_documented() -> None:
