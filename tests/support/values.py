@@ -11,8 +11,9 @@ from typing import Any
 from pullback.model.chain import Chain, bitmap_name, read_chain
 from pullback.model.facts import Bitmap, Device, Disk, Export, Facts, Job, Node
 from pullback.model.manifest import DiskEntry, Manifest
+from pullback.model.snapshots import Names, SnapshotMark
 from pullback.model.units import MIB, SEGMENT
-from pullback.plan.snapshot import DiskSnapshot
+from pullback.plan.freeze import FreezePart
 
 SIZE = 64 * MIB
 MOMENT = datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC)
@@ -54,11 +55,16 @@ def facts(
     run_state: str = "running",
     exports: Iterable[Export] = (),
     jobs: Iterable[Job] = (),
+    features: Iterable[str] = (),
+    daemon: bool = False,
 ) -> Facts:
     """A domain called web; without ``devices`` it has vda, without ``nodes`` a qcow2 under each device."""
     devices = (device(),) if devices is None else tuple(devices)
     nodes = [node(one.root) for one in devices if one.root] if nodes is None else nodes
-    return Facts("web", "", version, run_state, devices, {one.name: one for one in nodes}, tuple(exports), tuple(jobs))
+    by_name = {one.name: one for one in nodes}
+    return Facts(
+        "web", "", version, run_state, devices, by_name, tuple(exports), tuple(jobs), frozenset(features), daemon
+    )
 
 
 def disk(target: str = "vda", points: Sequence[str] = (), **more: Any) -> Disk:
@@ -67,10 +73,14 @@ def disk(target: str = "vda", points: Sequence[str] = (), **more: Any) -> Disk:
     return replace(made.disk(made.devices[0]), **more)
 
 
-def part(number: int = 0, *, snapshot: str = "b00000001", of: Disk | None = None) -> DiskSnapshot:
+def mark(target: str = "vda", *, name: str = "night", checkpoint: str | None = None) -> SnapshotMark:
+    return SnapshotMark(name, target, f"node-{target}", MOMENT.isoformat(), checkpoint)
+
+
+def part(number: int = 0, *, snapshot: str = "b00000001", of: Disk | None = None) -> FreezePart:
     """The ``number``-th disk of a snapshot: vda, vdb, ..."""
     of = disk(f"vd{chr(ord('a') + number)}") if of is None else of
-    return DiskSnapshot(of, snapshot, number, f"/var/tmp/scratch-{number}")
+    return FreezePart(of, Names(snapshot, number), f"/var/tmp/scratch-{number}", mark(of.target))
 
 
 def entry(target: str = "vda", checkpoint: str | None = "A", *, size: int = SIZE) -> DiskEntry:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which disks are backed up, and which must not be touched."""
+"""Which disks are backed up, and which are left out."""
 
 from __future__ import annotations
 
 import pytest
 
-from pullback.errors import Refused, UsageError
-from pullback.plan.selection import refuse_unsafe, select_disks
-from tests.support.values import device, disk, facts, node
+from pullback.errors import UsageError
+from pullback.plan.selection import select_disks
+from tests.support.values import device, facts, node
 
 DRIVES = facts(
     [
@@ -59,39 +59,3 @@ def test_a_domain_without_disks():
     with pytest.raises(UsageError, match="no disk to back up") as caught:
         select_disks(facts([]))
     assert caught.value.means == ""
-
-
-THREAD = "/objects/thread-vda"
-
-
-def refused(version: tuple[int, int, int], **more: object) -> str:
-    try:
-        refuse_unsafe(facts(version=version), [disk("vda"), disk("vdb", **more)])
-    except Refused as error:
-        return str(error)
-    return ""
-
-
-@pytest.mark.parametrize("version", [(7, 2, 22), (8, 2, 0), (8, 99, 99)])
-def test_a_disk_on_an_io_thread_is_refused_where_it_can_abort_qemu(version: tuple[int, int, int]):
-    said = refused(version, iothread=THREAD)
-    assert f"disk vdb of domain web runs on I/O thread {THREAD}" in said
-    assert "--disk" in said
-    assert "may run on an I/O thread" in refused(version, iothread=None)
-    assert refused(version, iothread="") == ""
-
-
-@pytest.mark.parametrize("version", [(9, 0, 0), (10, 0, 13)])
-def test_from_9_0_on_it_is_not(version: tuple[int, int, int]):
-    assert refused(version, iothread=THREAD) == refused(version, iothread=None) == ""
-
-
-@pytest.mark.parametrize(("version", "taken"), [((7, 0, 99), False), ((6, 2, 0), False), ((7, 1, 0), True)])
-def test_old_qemu(version: tuple[int, int, int], taken: bool):
-    said = refused(version)
-    assert ("is too old" in said) == (not taken)
-
-
-def test_nothing_to_put_a_filter_under():
-    assert "belongs to no device" in refused((10, 0, 0), qdev="")
-    assert "belongs to no device" in refused((10, 0, 0), qdev="/machine/peripheral/gone", device_type="")

@@ -69,11 +69,12 @@ def _leaving(facts: Facts, states: Iterable[SnapshotState], ids: Collection[str]
             swaps.append(Step("qom-set", {"path": device.qdev, "property": "drive", "value": below}, why))
             swaps.append(_remove(part.filter.name, f"remove the filter of {part.target}"))
             gone[part.names] = part
-    for names, part in mine.items():
-        if names not in gone and names not in inserted:
-            assert part.filter is not None
-            swaps.append(_remove(part.filter.name, f"remove the filter of {part.target}, which was never put in"))
-            gone[names] = part
+    # One that stands on another keeps that one from being taken out, put in or not.
+    never_in = [part for names, part in mine.items() if names not in gone and names not in inserted]
+    for part in never_in:
+        assert part.filter is not None
+        swaps.insert(0, _remove(part.filter.name, f"remove the filter of {part.target}, which was never put in"))
+        gone[part.names] = part
     retired = [part for names, part in mine.items() if names not in gone]
     return _Leaving(swaps, list(gone.values()), retired)
 
@@ -103,7 +104,8 @@ def _end_exports(facts: Facts, ids: Collection[str]) -> list[Step]:
         for state in read_snapshots(facts)
         if state.id in ids
         for part in state.parts
-        if (view := part.best_view) is not None and (mark := server_mark(view)) is not None
+        for node in (part.scratch, part.access, *part.readers)
+        if node is not None and (mark := server_mark(node)) is not None
     ]
     if marks and not others:
         steps += stop_server(marks[0])
