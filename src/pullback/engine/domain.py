@@ -27,9 +27,10 @@ from pullback.engine.session import Session, Tell, open_offline_session, open_se
 from pullback.errors import UsageError
 from pullback.model.chain import Chain, Unknown, read_chain
 from pullback.model.facts import Disk, Facts
-from pullback.model.snapshots import SnapshotPart, read_snapshots
+from pullback.model.snapshots import SnapshotPart, current_server, read_snapshots
 from pullback.plan.checkpoint import NodeChain, remove_broken, remove_checkpoints
 from pullback.plan.cleanup import remove_snapshots, stale_snapshots, stop_exports
+from pullback.plan.export import idle_server
 from pullback.plan.probe import end_probe, start_probe
 from pullback.plan.selection import select_disks
 from pullback.qemu.monitor import Trace
@@ -250,6 +251,9 @@ class Domain:
         cleared = [f"snapshot {snapshot}, which nobody uses" for snapshot in sorted(stale)]
         await uncancelled(self._session.run(remove_snapshots(facts, stale)))
         facts = await self.facts()
+        if (server := current_server(facts)) is not None and idle_server(facts):
+            cleared.append(f"the NBD server at {server.place}, which serves nobody")
+            await uncancelled(self._session.run(stop_exports(facts, ())))
         chains = chains_of(facts)
         targets = {facts.disk(device).node: device.target for device in facts.devices if device.root}
         for disk in chains:

@@ -18,7 +18,7 @@ from pullback.model.facts import Disk, Facts
 from pullback.model.snapshots import WRITABLE, ExportState, Names, ServerMark, current_server, read_exports
 from pullback.nbd.address import Address, TcpAddress, UnixAddress
 from pullback.plan.cleanup import stop_exports
-from pullback.plan.export import ExportPart, disown_server, need_server, start_export
+from pullback.plan.export import ExportPart, disown_server, idle_server, need_server, start_export
 from pullback.plan.method import refuse_export
 from pullback.plan.selection import select_disks
 
@@ -90,8 +90,11 @@ def _found(facts: Facts, state: ExportState) -> Export:
     return Export(state.id, state.name, snapshot, _uri(server, state.name), state.checkpoints)
 
 
-def _server(request: ExportRequest) -> ServerMark:
-    """Where the NBD server is to listen; UsageError for an address that is unsafe or impossible."""
+def _server(request: ExportRequest, running: ServerMark | None) -> ServerMark:
+    """Where the NBD server is to listen; UsageError for an address that is unsafe or impossible.
+
+    Any port will do where none is named: also that of the server that is ``running``.
+    """
     address = request.address
     if isinstance(address, UnixAddress):
         if not address.path.startswith("/") or len(address.path.encode()) > _LONGEST_PATH:
@@ -108,6 +111,10 @@ def _server(request: ExportRequest) -> ServerMark:
         raise UsageError(
             f"{request.tls} holds no server-cert.pem", todo="It needs ca-cert.pem, server-cert.pem and server-key.pem."
         )
+    if running is not None and not address.port:
+        host, _, used = running.place.rpartition(":")
+        if running == ServerMark("inet", f"{address.host}:{used}", request.tls):
+            return running
     port = address.port or _free_port(address.host)
     return ServerMark("inet", f"{address.host}:{port}", request.tls)
 
@@ -233,7 +240,10 @@ async def start_writable_export(session: Session, targets: Sequence[str], reques
 async def _start(
     session: Session, facts: Facts, parts: Sequence[ExportPart], request: ExportRequest, *, writable: bool
 ) -> tuple[Export, ...]:
-    server = _server(request)
+    if idle_server(facts):
+        await session.run(stop_exports(facts, ()))
+        facts = facts if session.dry else await session.observe()
+    server = _server(request, current_server(facts))
     names = [part.name for part in parts]
     taken = {state.name for state in read_exports(facts)}
     for name in names:

@@ -46,12 +46,12 @@ def _gather(part: ExportPart, checkpoint: str, edges: Sequence[Edge]) -> Step:
     sources: list[Any] = [{"node": part.disk_node, "name": edge.name} for edge in edges]
     place = {"node": part.node, "name": checkpoint, "disabled": True, "persistent": False}
     merge = {"node": part.node, "target": checkpoint, "bitmaps": sources}
+    actions = [{"type": "block-dirty-bitmap-add", "data": place}]
+    if sources:
+        # QEMU dies of a transaction that merges nothing (seen on 7.2.22).
+        actions.append({"type": "block-dirty-bitmap-merge", "data": merge})
     return transaction(
-        (
-            {"type": "block-dirty-bitmap-add", "data": place},
-            {"type": "block-dirty-bitmap-merge", "data": merge},
-        ),
-        f"gather {part.target}'s changes from {checkpoint} to the snapshot; gone with the frozen view",
+        actions, f"gather {part.target}'s changes from {checkpoint} to the snapshot; gone with the frozen view"
     )
 
 
@@ -90,7 +90,7 @@ def need_server(facts: Facts, server: ServerMark) -> bool:
             todo="Wait until that program has ended, or stop its export.",
         )
     running = current_server(facts)
-    if running is None:
+    if running is None or idle_server(facts):
         return True
     if running != server:
         raise Refused(
@@ -99,6 +99,11 @@ def need_server(facts: Facts, server: ServerMark) -> bool:
             todo=f"Export at {running.place} too, or stop the other export first.",
         )
     return False
+
+
+def idle_server(facts: Facts) -> bool:
+    """Whether our NBD server runs for nobody, or was only about to: whoever started it died."""
+    return current_server(facts) is not None and not any(export.type == "nbd" for export in facts.exports)
 
 
 def start_export(
