@@ -24,6 +24,8 @@ from pullback.plan.selection import select_disks
 
 #: A unix socket's path has at most this many bytes (unix(7)).
 _LONGEST_PATH = 107
+#: Bytes in an export's name (NBD protocol, "values").
+_LONGEST_NAME = 4096
 
 
 #: Checkpoints from which changes are offered: these, or all that the disk has.
@@ -97,7 +99,8 @@ def _server(request: ExportRequest, running: ServerMark | None) -> ServerMark:
     """
     address = request.address
     if isinstance(address, UnixAddress):
-        if not address.path.startswith("/") or len(address.path.encode()) > _LONGEST_PATH:
+        path = address.path.encode(errors="surrogateescape")
+        if not address.path.startswith("/") or len(path) > _LONGEST_PATH or b"\0" in path:
             raise UsageError(
                 f"the socket {address.path} is not an absolute path of at most {_LONGEST_PATH} bytes",
             )
@@ -134,6 +137,7 @@ async def start_snapshot_export(session: Session, snapshot: Snapshot, request: E
             raise UsageError(
                 f"snapshot {snapshot.name} has no disk {target}", todo=f"It has {', '.join(snapshot.targets)}."
             )
+    _check_named(request, snapshot.targets)
     disks = [
         disk
         for disk in select_disks(facts, snapshot.targets).disks
@@ -161,6 +165,12 @@ async def start_snapshot_export(session: Session, snapshot: Snapshot, request: E
 def _planned(session: Session, facts: Facts, snapshot: Snapshot) -> bool:
     """Whether a dry run only told of this snapshot."""
     return session.dry and snapshot.names(snapshot.targets[0]).node("access") not in facts.nodes
+
+
+def _check_named(request: ExportRequest, targets: Sequence[str]) -> None:
+    for target in request.names:
+        if target not in targets:
+            raise UsageError(f"there is no disk {target} to name an export of", todo=f"There is {', '.join(targets)}.")
 
 
 def _view(facts: Facts, snapshot: Snapshot, target: str, direct: bool) -> str:
@@ -218,6 +228,7 @@ async def start_writable_export(session: Session, targets: Sequence[str], reques
     """Offer a domain's own disks for writing.  After a failure nothing is exported."""
     facts = await session.observe()
     disks = select_disks(facts, targets).disks
+    _check_named(request, [disk.target for disk in disks])
     refuse_export(facts, disks)
     owner = WRITABLE + secrets.token_hex(4)
     parts = [
@@ -244,7 +255,10 @@ async def _start(
         await session.run(stop_exports(facts, ()))
         facts = facts if session.dry else await session.observe()
     server = _server(request, current_server(facts))
+    _refuse_shared(facts, parts)
     names = [part.name for part in parts]
+    for name in names:
+        _check_name(name)
     taken = {state.name for state in read_exports(facts)}
     for name in names:
         if names.count(name) > 1 or name in taken:
@@ -269,6 +283,30 @@ async def _start(
         )
         for part in parts
     )
+
+
+def _check_name(name: str) -> None:
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name!r} cannot name an export: it is not UTF-8") from error
+    if not 0 < length <= _LONGEST_NAME:
+        raise UsageError(f"an export's name has at most {_LONGEST_NAME} bytes, and at least one")
+
+
+def _refuse_shared(facts: Facts, parts: Sequence[ExportPart]) -> None:
+    """QEMU lends a bitmap to one export at a time, and a context is called as its bitmap."""
+    for part in parts:
+        node = facts.nodes.get(part.node)
+        lent = {bitmap.name for bitmap in node.bitmaps if bitmap.busy} if node else set()
+        for checkpoint, _ in part.since:
+            if checkpoint in lent:
+                raise Refused(
+                    f"changes of {part.target} since {checkpoint} are offered by another export of this snapshot"
+                    " already, and QEMU can offer them only once",
+                    means="Nothing was exported.",
+                    todo="Use that export (several clients can), or stop it first.",
+                )
 
 
 def _no_server(error: CommandFailed, server: ServerMark) -> DomainError:

@@ -250,7 +250,8 @@ def read_exports(facts: Facts) -> tuple[ExportState, ...]:
         if match is None or match[4] is None:
             continue
         node = facts.nodes.get(export.node)
-        bitmaps = tuple(bitmap.name for bitmap in node.bitmaps if not is_mark(bitmap.name)) if node else ()
+        # Changes that an earlier export offered stay on the view; those offered now are in use.
+        bitmaps = tuple(bitmap.name for bitmap in node.bitmaps if bitmap.busy) if node else ()
         name = bytes.fromhex(match[4]).decode(errors="replace") if len(match[4]) % 2 == 0 else match[4]
         contexts = () if match[1].startswith(WRITABLE) else bitmaps
         server = server_mark(node) if node else None
