@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from lab.disks import DiskSpec
-from lab.qemu import BareQemu
-from tests.support.product import MIB, Stage, chain, leftovers, references, run_state, same, server_left
+from lab.qemu import BareQemu, qemu_version
+from tests.support.api import Api, by_nbdcopy
+from tests.support.product import KIB, MIB, Stage, leftovers, references, run_state, same, server_left
 
 Start = Callable[..., BareQemu]
 
@@ -30,22 +31,34 @@ def state_of(qemu: BareQemu) -> Any:
 
 @pytest.mark.parametrize("bus", ["virtio", "scsi"])
 def test_a_disk_on_an_io_thread(lab_dir: Path, bare_qemu: Start, bus: str) -> None:
+    """Before 9.0 an export of it can end QEMU: it is pushed, and exporting it is refused."""
     stage = Stage(lab_dir)
     qemu = bare_qemu([stage.disk("vda", MIB, bus=bus, iothread=True), stage.disk("vdb", MIB)], running=True)
-    if qemu.qmp("query-version")["qemu"]["major"] >= 9:
-        pytest.skip("this QEMU can export such disks")
+    exportable = qemu_version() >= (9, 0, 0)
+    for number, modes in enumerate(({"full"}, {"incremental"})):
+        for disk in ("vda", "vdb"):
+            qemu.device_write(disk, number * 100 * KIB, 4096, number + 1)
+        state = references(qemu)
+        done = stage.cli_backup(qemu, "--json", "--trace")
+        assert done.code == 0, done.err
+        assert {disk["mode"] for disk in done.event("backup")["disks"]} == modes
+        assert ("block-export-add" in done.out) == exportable
+        same(stage.contents("latest"), state)
+    api = Api(stage, qemu)
+    api.snapshot("s")
     before = state_of(qemu)
-    done = stage.cli_backup(qemu)
-    assert done.code == 5
-    for word in ("vda", "I/O thread", "7.2", "9.0", "iothread=", "--disk", "Nothing was touched"):
-        assert word in done.err
-    assert state_of(qemu) == before
-    assert stage.listed() == []
-    assert stage.cli_backup(qemu, "--disk", "vda").code == 5
-    assert stage.cli_backup(qemu, "--disk", "vdb").code == 0
-    assert chain(qemu, "vda") == {}
+    if exportable:
+        uris = api.export("s", "--disk", "vda")
+        assert len(list(uris.values())) == 1
+        assert by_nbdcopy(*uris.values()) == references(qemu)["vda"]
+    else:
+        refused = api.refused(5, "I/O thread", "export", "start", "--snapshot", "s", "--socket", lab_dir / "nbd")
+        for word in ("vda", "7.2", "9.0", "iothread=", "Nothing was exported"):
+            assert word in refused.err
+        assert state_of(qemu) == before
+    api.do("snapshot", "delete", "s")
     assert qemu.running()
-    same(stage.contents("latest"), {"vdb": references(qemu)["vdb"]})
+    assert leftovers(qemu, stage.scratch) == []
 
 
 def test_a_raw_disk_is_read_whole_each_time(lab_dir: Path, bare_qemu: Start) -> None:
@@ -113,6 +126,7 @@ def test_nothing_to_back_up(lab_dir: Path, bare_qemu: Start) -> None:
 
 @pytest.mark.parametrize("exporting", [True, False])
 def test_somebody_elses_nbd_server(lab_dir: Path, bare_qemu: Start, exporting: bool) -> None:
+    """QEMU has only one: the disks are pushed, and the server and its export are left alone."""
     stage = Stage(lab_dir)
     qemu = bare_qemu([stage.disk("vda", MIB), stage.disk("vdb", MIB, read_only=True)], running=True)
     qemu.device_write("vda", 0, 4096, 1)
@@ -121,22 +135,21 @@ def test_somebody_elses_nbd_server(lab_dir: Path, bare_qemu: Start, exporting: b
     qemu.qmp("nbd-server-start", addr={"type": "unix", "data": {"path": str(lab_dir / "theirs")}})
     if exporting:
         qemu.qmp("block-export-add", {"type": "nbd", "id": "theirs", "node-name": "node-vdb"})
-    before = state_of(qemu)
-    done = stage.cli_backup(qemu)
-    assert done.code == 5
-    assert "NBD server" in done.err
-    assert "Another program exports disks of this domain" in done.err
-    assert state_of(qemu) == before
+    exports, state = qemu.qmp("query-block-exports"), references(qemu)["vda"]
+    beside = stage.backup(qemu)
+    assert beside.manifest.disks[0].mode == "incremental"
+    assert stage.contents(beside.id)["vda"] == state
+    assert qemu.qmp("query-block-exports") == exports
     assert server_left(qemu)
     assert list(stage.scratch.iterdir()) == []
     if exporting:
         qemu.qmp("block-export-del", id="theirs")
         qemu.monitor.wait_event("BLOCK_EXPORT_DELETED", id="theirs")
     qemu.qmp("nbd-server-stop")
-    state = references(qemu)["vda"]
     again = stage.backup(qemu)
     assert again.manifest.disks[0].mode == "incremental"
     assert stage.contents(again.id)["vda"] == state
+    assert leftovers(qemu, stage.scratch) == []
 
 
 def test_a_disk_that_another_job_works_on(lab_dir: Path, bare_qemu: Start) -> None:
