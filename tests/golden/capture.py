@@ -19,13 +19,14 @@ from lab import images
 from lab.disks import DiskSpec
 from lab.qemu import BareQemu, short_directory
 from pullback.model.chain import read_chain
+from pullback.model.snapshots import ServerMark
 from pullback.plan.checkpoint import NodeChain, start_recording, stop_recording
 from pullback.plan.command import Plan
-from pullback.plan.snapshot import DiskSnapshot, ExportPart, freeze, open_access, prepare_snapshot, start_export
 from pullback.qemu.execute import run_plan
 from pullback.qemu.monitor import Monitor, connect, dial
 from pullback.qemu.observe import observe
 from tests.golden.replay import CAPTURES
+from tests.support.making import export_disks, snapshot
 
 SIZE = 8 << 20
 SNAPSHOT = "b0000c0de"
@@ -58,27 +59,22 @@ async def _checkpoint(qemu: BareQemu, name: str, targets: tuple[str, ...]) -> No
 
 async def _freeze(qemu: BareQemu, directory: Path) -> None:
     """A snapshot with checkpoint D, exported with the changes since B."""
+    server = ServerMark("unix", str(directory / "nbd"))
     async with session(qemu) as monitor:
+        frozen = snapshot(await observe(monitor), SNAPSHOT, checkpoint="D", directory=str(directory), name="night")
+        await run_plan(monitor, frozen)
         facts = await observe(monitor)
-        disks = [facts.disk(device) for device in facts.devices if device.root]
-        parts = [DiskSnapshot(disk, SNAPSHOT, n, str(directory / f"{n}.scratch")) for n, disk in enumerate(disks)]
-        chains = {part.disk.target: read_chain(part.disk.bitmaps) for part in parts if not part.disk.untracked}
-        tracked = [NodeChain(part.disk.node, chains[part.disk.target]) for part in parts if not part.disk.untracked]
-        await run_plan(monitor, prepare_snapshot(parts))
-        await run_plan(monitor, freeze(parts, tracked, "D", facts.running) + open_access(parts))
-        items = []
-        for part in parts:
-            edges = chains[part.disk.target].since("B") if part.disk.target in chains else ()
-            assert isinstance(edges, tuple)
-            items.append(ExportPart(part, (("B", edges),) if edges else ()))
-        await run_plan(monitor, start_export(items, str(directory / "nbd"), writable=True))
+        await run_plan(monitor, export_disks(facts, SNAPSHOT, server, points=["B"]))
 
 
 async def _write(qemu: BareQemu, directory: Path, name: str) -> None:
     seen: list[dict[str, Any]] = []
     async with session(qemu, seen) as monitor:
         await observe(monitor)
-        text = json.dumps({"version": monitor.version, "replies": seen}, indent=1)
+        # Of the schema, 200 KB, only what was made of it.
+        replies = [one for one in seen if one["execute"] != "query-qmp-schema"]
+        features = sorted(monitor.features or ())
+        text = json.dumps({"version": monitor.version, "features": features, "replies": replies}, indent=1)
     CAPTURES.mkdir(parents=True, exist_ok=True)
     (CAPTURES / f"{name}.json").write_text(text.replace(str(directory), "/var/lib/vms") + "\n")
 

@@ -3,35 +3,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from pullback.model.chain import Edge, read_chain
-from pullback.model.facts import Disk, Facts
+from pullback.model.chain import read_chain
+from pullback.model.facts import DISK_NODE, Disk, Facts, Job
+from pullback.model.snapshots import ServerMark, read_exports, read_snapshots
 from pullback.plan.checkpoint import NodeChain, remove_checkpoints
-from pullback.plan.cleanup import remove_snapshots
-from pullback.plan.command import JobConcluded, Plan, Step
-from pullback.plan.snapshot import (
-    DiskSnapshot,
-    ExportPart,
-    disown_server,
-    freeze,
-    open_access,
-    prepare_snapshot,
-    start_export,
-)
+from pullback.plan.cleanup import remove_snapshots, stop_exports
+from pullback.plan.command import JobConcluded, JobGone, Plan, Step
+from pullback.plan.export import disown_server
+from pullback.plan.freeze import freeze, open_access, prepare_snapshot
+from pullback.plan.probe import end_probe, start_probe
 from tests.golden.replay import observed
+from tests.support.fake_qemu import FakeQemu
+from tests.support.making import (
+    export_disks,
+    export_own_disks,
+    export_parts,
+    freeze_parts,
+    push,
+    snapshot,
+    tracked_of,
+)
 
 SNAPSHOT = "b0000c0de"
+PUBLIC = "s0000cafe"
+NBD = ServerMark("unix", "/run/pullback/nbd")
+TLS = ServerMark("inet", "[::1]:10809", "/etc/pullback/tls")
 
 
 def disks(facts: Facts) -> dict[str, Disk]:
     return {device.target: facts.disk(device) for device in facts.devices if device.root}
-
-
-def _parts(facts: Facts, *targets: str) -> list[DiskSnapshot]:
-    found = disks(facts)
-    return [DiskSnapshot(found[one], SNAPSHOT, n, f"/var/tmp/pullback/{n}.scratch") for n, one in enumerate(targets)]
 
 
 def _chains(facts: Facts, *targets: str) -> list[NodeChain]:
@@ -39,20 +43,20 @@ def _chains(facts: Facts, *targets: str) -> list[NodeChain]:
     return [NodeChain(found[one].node, read_chain(found[one].bitmaps)) for one in targets]
 
 
-def _snapshot(facts: Facts, tracked: Collection[str], *targets: str) -> Plan:
-    parts = _parts(facts, *targets)
-    chains = _chains(facts, *(one for one in targets if one in tracked))
-    return prepare_snapshot(parts) + freeze(parts, chains, "D", facts.running) + open_access(parts)
+def _snapshot(facts: Facts, *targets: str, **more: Any) -> Plan:
+    return snapshot(facts, SNAPSHOT, targets, **{"checkpoint": "D", **more})
 
 
-def _export(facts: Facts, since: str | None) -> Plan:
-    items = []
-    for part in _parts(facts, "vda", "vdb"):
-        edges = read_chain(part.disk.bitmaps).since(since) if since else ()
-        assert isinstance(edges, tuple)
-        wanted: tuple[tuple[str, tuple[Edge, ...]], ...] = ((since, edges),) if since else ()
-        items.append(ExportPart(part, wanted))
-    return start_export(items, "/run/pullback/nbd", writable=True)
+def _untracked_second(facts: Facts) -> Plan:
+    """vda and vdc, which is raw; the name of the snapshot is not one of ASCII alone."""
+    return snapshot(facts, PUBLIC, ["vda", "vdc"], checkpoint="D", name='nächtlich "1"', view=True)
+
+
+def _newer_job(facts: Facts) -> Plan:
+    """Jobs where QEMU knows on-cbw-error."""
+    parts = freeze_parts(facts, SNAPSHOT, ["vda", "vdb"], "/var/tmp/pullback", "", "D")
+    frozen = freeze(parts, tracked_of(parts), "D", "job", running=True, break_snapshot=True)
+    return prepare_snapshot(parts) + frozen + open_access(parts)
 
 
 def _remove(facts: Facts, **remove: str) -> Plan:
@@ -60,23 +64,92 @@ def _remove(facts: Facts, **remove: str) -> Plan:
     return remove_checkpoints([(_chains(facts, target)[0], set(points)) for target, points in remove.items()])
 
 
+def stopped(facts: Facts) -> Facts:
+    """The same disks in a storage daemon on the stopped domain's images."""
+    devices = tuple(
+        replace(device, qdev="", type="", root=f"{DISK_NODE}{device.target}") for device in facts.devices if device.root
+    )
+    nodes = {
+        f"{DISK_NODE}{target}": replace(facts.nodes[disk.node], name=f"{DISK_NODE}{target}")
+        for target, disk in disks(facts).items()
+    }
+    return replace(facts, daemon=True, run_state="shutdown", devices=devices, nodes=nodes)
+
+
+def _stack(middle: str) -> Plan:
+    """Three snapshots of one disk, the middle one of which goes; it was made by ``middle``."""
+    qemu = FakeQemu("vda")
+    for one, method in (("s00000001", "filter"), ("s00000002", middle), ("s00000003", middle)):
+        qemu.run(snapshot(qemu.facts(), one, method="job" if method == "job" else "filter"))
+        qemu.run(export_disks(qemu.facts(), one, suffix=f"-{one}", start_server=one == "s00000001"))
+    return remove_snapshots(qemu.facts(), {"s00000002"})
+
+
+def _probe(facts: Facts) -> Plan:
+    part = read_snapshots(facts)[0].parts[0]
+    return start_probe(part) + end_probe(part, concluded=False)
+
+
+def _left_by_a_push(facts: Facts) -> Facts:
+    """The frozen domain with one push that goes on and one that ended."""
+    jobs = (
+        Job(f"pullback-{SNAPSHOT}-0-push", "backup", "running"),
+        Job(f"pullback-{SNAPSHOT}-1-push", "backup", "concluded"),
+    )
+    return replace(facts, jobs=jobs)
+
+
 def plans() -> dict[str, Plan]:
     """Every golden plan by the name of its file."""
     idle, frozen = observed("idle"), observed("frozen")
+    ended = {export.id for export in read_exports(frozen)}
     return {
-        "snapshot-one-disk": _snapshot(idle, ["vda"], "vda"),
-        "snapshot-two-disks": _snapshot(idle, ["vda", "vdb"], "vda", "vdb"),
-        "snapshot-untracked-disk": _snapshot(idle, ["vda"], "vda", "vdc"),
-        "snapshot-on-top-of-another": _snapshot(frozen, [], "vda"),
-        "export-full": _export(idle, None),
-        "export-incremental": _export(idle, "B"),
-        "export-server-not-ours": disown_server(_parts(idle, "vda")[0]),
+        "snapshot-one-disk": _snapshot(idle, "vda"),
+        "snapshot-two-disks": _snapshot(idle, "vda", "vdb"),
+        "snapshot-untracked-disk-public": _untracked_second(idle),
+        "snapshot-on-top-of-another": snapshot(frozen, PUBLIC, ["vda"]),
+        "export-full": export_disks(idle, SNAPSHOT, NBD, ["vda", "vdb"]),
+        "export-incremental": export_disks(idle, SNAPSHOT, NBD, ["vda", "vdb"], points=["B"]),
+        "export-several-since-tls": export_disks(idle, SNAPSHOT, TLS, points=["A", "C"], role="view", writable=False),
+        "export-server-not-ours": disown_server(export_parts(idle, SNAPSHOT, ["vda"]), NBD),
+        "export-again": export_disks(frozen, SNAPSHOT, NBD, ["vda"], suffix="-2", points=["C"], start_server=False),
+        "export-stop-one": stop_exports(frozen, sorted(ended)[:1]),
+        "export-stop-all": stop_exports(frozen, ended),
+        "push-full": push(frozen, SNAPSHOT, targets=["vda", "vdc"], view="view"),
+        "push-changes": push(frozen, SNAPSHOT, targets=["vda", "vdb"], point="B"),
+        "probe": _probe(frozen),
         "cleanup": remove_snapshots(frozen, {SNAPSHOT}),
+        "cleanup-of-a-push": remove_snapshots(_left_by_a_push(frozen), {SNAPSHOT}),
+        "cleanup-in-the-middle": _stack("filter"),
         "remove-first": _remove(idle, vda="A"),
         "remove-middle": _remove(idle, vda="B"),
         "remove-last": _remove(idle, vda="C", vdb="C"),
         "remove-several": _remove(idle, vda="AB", vdb="B"),
         "remove-all": _remove(idle, vda="ABC", vdb="BC"),
+        **daemon_plans(idle),
+    }
+
+
+#: Plans for a QEMU that knows what the one installed may not: they are not held against its schema.
+NEWER = {"job-breaks-the-snapshot"}
+
+
+def daemon_plans(idle: Facts) -> dict[str, Plan]:
+    """Those that a storage daemon gets, too."""
+    offline = stopped(idle)
+    qemu = FakeQemu("vda", "vdb", daemon=True)
+    qemu.run(snapshot(qemu.facts(), PUBLIC, method="job"))
+    qemu.run(export_disks(qemu.facts(), PUBLIC, TLS))
+    return {
+        "job-one-disk": _snapshot(idle, "vda", method="job"),
+        "job-two-disks": _snapshot(idle, "vda", "vdb", method="job"),
+        "job-breaks-the-snapshot": _newer_job(idle),
+        "job-in-the-middle": _stack("job"),
+        "offline-snapshot": _snapshot(offline, method="job", view=True),
+        "offline-export": export_disks(offline, SNAPSHOT, TLS, ["vda", "vdb"], points=["B"], role="view"),
+        "offline-writable-export": export_own_disks(offline, "w0000beef", NBD, ["vda", "vdb"]),
+        "offline-cleanup": remove_snapshots(qemu.facts(), {PUBLIC}),
+        "offline-push": push(offline, SNAPSHOT, targets=["vda", "vdb"], point="B"),
     }
 
 
@@ -85,9 +158,18 @@ def as_json(plan: Plan) -> list[dict[str, Any]]:
     return [_step(step) for step in plan.commands()]
 
 
+def _wait(step: Step) -> str:
+    match step.wait:
+        case JobConcluded(job):
+            return f"job {job} to conclude"
+        case JobGone(job):
+            return f"job {job} to be gone"
+        case _:
+            assert step.wait is not None
+            return f"export {step.wait.id}"
+
+
 def _step(step: Step) -> dict[str, Any]:
-    more: Mapping[str, Any] = {}
-    if step.wait is not None:
-        more = {"wait": f"{'job' if isinstance(step.wait, JobConcluded) else 'export'} {step.wait.id}"}
+    more: Mapping[str, Any] = {"wait": _wait(step)} if step.wait is not None else {}
     optional = {"optional": True} if step.optional else {}
     return {"why": step.why, "execute": step.execute, "arguments": dict(step.arguments), **more, **optional}

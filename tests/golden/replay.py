@@ -25,6 +25,7 @@ class Replay:
 
     def __init__(self, captured: Mapping[str, Any]) -> None:
         self.version = tuple(captured["version"])
+        self.features = frozenset(captured["features"])
         self._replies = {self._key(item["execute"], item["arguments"]): item for item in captured["replies"]}
 
     @staticmethod

@@ -16,8 +16,10 @@ from lab import images
 from lab.disks import DiskSpec
 from lab.qemu import BareQemu
 from pullback.model.chain import read_chain
-from pullback.model.facts import SERVER_MARK, Facts
-from pullback.plan.selection import refuse_unsafe, select_disks
+from pullback.model.facts import Facts
+from pullback.model.snapshots import ServerMark, read_exports, read_snapshots, server_mark
+from pullback.plan.method import choose_method, refuse_export
+from pullback.plan.selection import select_disks
 from pullback.qemu.observe import observe
 from tests.golden.capture import session
 from tests.golden.plans import SNAPSHOT, disks
@@ -26,7 +28,8 @@ from tests.golden.replay import CAPTURES, check_golden, observed
 
 @pytest.mark.parametrize("name", ["idle", "frozen"])
 def test_captured_replies_give_these_facts(name: str) -> None:
-    check_golden(f"facts-{name}", asdict(observed(name)))
+    facts = asdict(observed(name))
+    check_golden(f"facts-{name}", facts | {"features": sorted(facts["features"])})
 
 
 def test_the_idle_domain() -> None:
@@ -46,7 +49,8 @@ def test_the_idle_domain() -> None:
     }
     selection = select_disks(facts)
     assert dict(selection.skipped) == {"cd0": "the drive is empty"}
-    refuse_unsafe(facts, selection.disks)
+    assert choose_method(facts, selection.disks) == "filter"
+    refuse_export(facts, selection.disks)
 
 
 def test_the_frozen_domain() -> None:
@@ -56,9 +60,17 @@ def test_the_frozen_domain() -> None:
         assert (disk.target, disk.node, disk.root) == (target, f"node-{target}", names["filter"])
         assert facts.nodes[names["filter"]].children == {"file": f"node-{target}", "target": names["scratch"]}
         assert facts.nodes[names["access"]].children == {"file": names["filter"]}
-    marks = [name for name, node in facts.nodes.items() if any(one.name == SERVER_MARK for one in node.bitmaps)]
-    assert marks == [f"pb-{SNAPSHOT}-0-access"]
-    assert {export.id for export in facts.exports} == {f"pullback-{SNAPSHOT}-{number}" for number in range(3)}
+    marks = {name: mark for name, node in facts.nodes.items() if (mark := server_mark(node)) is not None}
+    assert marks == {f"pb-{SNAPSHOT}-{n}-access": ServerMark("unix", "/var/lib/vms/nbd") for n in range(3)}
+    (snapshot,) = read_snapshots(facts)
+    assert (snapshot.id, snapshot.name, snapshot.checkpoint, snapshot.whole) == (SNAPSHOT, "night", "D", True)
+    assert [part.target for part in snapshot.parts] == ["vda", "vdb", "vdc"]
+    found = read_exports(facts)
+    assert {(one.name, one.snapshot, one.checkpoints) for one in found} == {
+        ("vda", SNAPSHOT, ("B",)),
+        ("vdb", SNAPSHOT, ("B",)),
+        ("vdc", SNAPSHOT, ()),
+    }
     assert read_chain(disks(facts)["vda"].bitmaps).points == ("A", "B", "C", "D")
 
 
@@ -88,4 +100,4 @@ def test_the_installed_qemu_answers_in_the_same_shape(bare_qemu: Callable[..., B
         assert shape(asdict(live) | {"bitmaps": ()}) == shape(asdict(then) | {"bitmaps": ()})
         assert (live.qdev, live.device_type, live.node) == (then.qdev, then.device_type, then.node)
     asked = {item["execute"] for item in json.loads((CAPTURES / "idle.json").read_text())["replies"]}
-    assert {item["execute"] for item in seen} == asked
+    assert {item["execute"] for item in seen} == asked | {"query-qmp-schema"}
