@@ -103,7 +103,7 @@ async def plan_backup(
     """Tell what a backup would send to QEMU, and change nothing.  Raises as :func:`run_backup` does."""
     repository = await asyncio.to_thread(open_repository)
     async with open_domain(request.domain, tell=tell, trace=trace) as domain, _locked(repository, request, emit):
-        await domain.recover()
+        await domain.clear_stale()
         prepared = await _prepare(domain, repository, request, emit)
         _tell(prepared, emit)
         snapshot = await domain.create_snapshot(_snapshot_request(request, prepared))
@@ -138,7 +138,8 @@ async def _locked(repository: Repository, request: BackupRequest, emit: Emit) ->
 async def _backup(
     domain: Domain, repository: Repository, request: BackupRequest, emit: Emit, begin: float
 ) -> BackupResult:
-    for cleared in await domain.recover():
+    # Unusable bitmaps stay until the backup is stored: they tell why it had to read a disk whole.
+    for cleared in await domain.clear_stale():
         emit(Note(f"Cleared what a client that died had left: {cleared}."))
     prepared = await _prepare(domain, repository, request, emit)
     _tell(prepared, emit)

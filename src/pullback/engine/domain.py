@@ -31,7 +31,7 @@ from pullback.model.snapshots import SnapshotPart, current_server, read_snapshot
 from pullback.plan.checkpoint import NodeChain, remove_broken, remove_checkpoints
 from pullback.plan.cleanup import remove_snapshots, stale_snapshots, stop_exports
 from pullback.plan.export import idle_server
-from pullback.plan.probe import end_probe, start_probe
+from pullback.plan.probe import clear_probe, end_probe, start_probe
 from pullback.plan.selection import select_disks
 from pullback.qemu.monitor import Trace
 
@@ -175,8 +175,11 @@ class Domain:
 
     async def broken_disks(self, snapshot: Snapshot) -> tuple[str, ...]:
         """Which of a snapshot's disks cannot be read any more, by reading a little of each."""
-        states = read_snapshots(await self.facts())
+        facts = await self.facts()
+        states = read_snapshots(facts)
         parts = [part for state in states if state.id == snapshot.id for part in state.parts if part.viewed]
+        for part in parts:
+            await self._session.run(clear_probe(facts, part))
         return tuple([part.target for part in parts if await uncancelled(self._probe(part))])
 
     async def _probe(self, part: SnapshotPart) -> bool:
@@ -240,12 +243,15 @@ class Domain:
 
     # -- after a crash --------------------------------------------------------------------------------------------
 
-    async def recover(self) -> tuple[str, ...]:
-        """Clear what clients that died left behind: half made snapshots, those of backups, unusable bitmaps.
+    async def clear_stale(self) -> tuple[str, ...]:
+        """Clear snapshots that clients that died left behind: half made ones, and those of backups.
 
-        What is live stays: snapshots that can be read, their exports, the chain.  What was cleared, in words.
+        What is live stays: snapshots that can be read, and their exports.  What was cleared, in words.
         """
-        self._session.announce("recover")
+        self._session.announce("clear_stale")
+        return await self._clear_stale()
+
+    async def _clear_stale(self) -> tuple[str, ...]:
         facts = await self.facts()
         stale = stale_snapshots(facts)
         cleared = [f"snapshot {snapshot}, which nobody uses" for snapshot in sorted(stale)]
@@ -254,6 +260,16 @@ class Domain:
         if (server := current_server(facts)) is not None and idle_server(facts):
             cleared.append(f"the NBD server at {server.place}, which serves nobody")
             await uncancelled(self._session.run(stop_exports(facts, ())))
+        return tuple(cleared)
+
+    async def recover(self) -> tuple[str, ...]:
+        """Clear what clients that died left behind, and bitmaps that are of no use any more.
+
+        What is live stays: snapshots that can be read, their exports, the chain.  What was cleared, in words.
+        """
+        self._session.announce("recover")
+        cleared = list(await self._clear_stale())
+        facts = await self.facts()
         chains = chains_of(facts)
         targets = {facts.disk(device).node: device.target for device in facts.devices if device.root}
         for disk in chains:
