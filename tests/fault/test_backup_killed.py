@@ -52,7 +52,8 @@ class Life:
 
     def __init__(self, place: Path, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
         self.stage = Stage(place)
-        monkeypatch.setattr("pullback.engine.domain.DEFAULT_BASE", str(self.stage.scratch))
+        for module in ("backup", "freezing"):
+            monkeypatch.setattr(f"pullback.engine.{module}.DEFAULT_BASE", str(self.stage.scratch))
         disks = [self.stage.disk("vda", 2 * MIB + 512), self.stage.disk("vdb", MIB)]
         self.qemu = start(disks, running=True)
         self.states: dict[str, dict[str, bytes]] = {}

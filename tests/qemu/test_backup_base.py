@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lab.qemu import BareQemu
+from pullback.engine.domain import DomainAddress
 from pullback.engine.events import DiskPlanned, Event, Note
 from pullback.errors import UsageError
 from tests.support.backups import new_repository, open_repository, read_disk
@@ -274,5 +275,5 @@ def test_a_name_that_cannot_be_a_directory(lab_dir: Path, bare_qemu: Start) -> N
     qemu = bare_qemu([stage.disk("vda", MIB)])
     before = qemu.bitmaps("vda")
     with pytest.raises(UsageError):
-        stage.backup(qemu, name="a/b")
+        stage.backup(qemu, domain=DomainAddress(str(qemu.qmp_path), name="a/b"))
     assert qemu.bitmaps("vda") == before

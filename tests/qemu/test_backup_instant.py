@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lab.processes import wait_for
-from lab.qemu import BareQemu
+from lab.qemu import BareQemu, qemu_version
 from pullback.engine.backup import run_backup
 from pullback.engine.events import Event, Frozen, silent
 from tests.support.backups import open_repository
@@ -153,7 +153,8 @@ def test_qemu_under_another_user(lab_dir: Path, bare_qemu: Start) -> None:
     lab_dir.chmod(0o755)
     stage.scratch.chmod(0o755)
     disk = stage.disk("vda", MIB)
-    qemu = bare_qemu([disk], running=True, extra_args=["-runas", "nobody"])
+    as_nobody = ["-run-with", "user=nobody"] if qemu_version() >= (9, 1, 0) else ["-runas", "nobody"]
+    qemu = bare_qemu([disk], running=True, extra_args=as_nobody)
     wait_for(lambda: "65534" in Path(f"/proc/{qemu.pid}/status").read_text(), "QEMU to be nobody")
     stage.backup(qemu)
     assert leftovers(qemu, stage.scratch) == []

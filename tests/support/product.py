@@ -75,7 +75,8 @@ class Stage:
 
     def request(self, qemu: Qemu, **more: Any) -> BackupRequest:
         """A backup of this domain with this stage's scratch."""
-        return BackupRequest(DomainAddress(str(qemu.qmp_path)), **{"scratch": str(self.scratch), **more})
+        known: dict[str, Any] = {"domain": DomainAddress(str(qemu.qmp_path)), "scratch": str(self.scratch)}
+        return BackupRequest(**{**known, **more})
 
     def backup(
         self, qemu: Qemu, emit: Callable[[Event], None] = silent, repo: Path | None = None, **more: Any
