@@ -115,7 +115,7 @@ def _server(request: ExportRequest, running: ServerMark | None) -> ServerMark:
             f"{request.tls} holds no server-cert.pem", todo="It needs ca-cert.pem, server-cert.pem and server-key.pem."
         )
     if running is not None and not address.port:
-        host, _, used = running.place.rpartition(":")
+        used = running.place.rpartition(":")[2]
         if running == ServerMark("inet", f"{address.host}:{used}", request.tls):
             return running
     port = address.port or _free_port(address.host)

@@ -14,6 +14,7 @@ from typing import Literal
 
 from pullback.errors import Refused, UsageError
 from pullback.model.facts import ON_CBW_ERROR, Disk, Facts
+from pullback.model.snapshots import FROZEN_VIEW_EXACT as FROZEN_VIEW_EXACT
 from pullback.model.snapshots import filter_stack
 from pullback.model.units import KIB
 
@@ -24,11 +25,8 @@ Method = Literal["filter", "job"]
 #: ``snapshot-access`` on a backup job's filter.
 IOTHREAD_SAFE = (9, 0, 0)
 
-#: Before this version, a request on a frozen view that begins in a range the domain has overwritten and ends beyond it
-#: is answered with the domain's new data (hbitmap_status() says of such a range that nothing was saved: seen on 7.2.22,
-#: mended in 8.0).  There, a read must not cross a multiple of ``SAVED_UNIT``, and what block status calls zero is zero
-#: only if the scratch holds nothing there.
-FROZEN_VIEW_EXACT = (8, 0, 0)
+#: Before ``FROZEN_VIEW_EXACT`` a read of a frozen view must not cross a multiple of this many bytes, and what block
+#: status calls zero is zero only if the scratch holds nothing there.
 SAVED_UNIT = 64 * KIB
 
 #: ``snapshot-access`` and ``copy-before-write`` with ``on-cbw-error`` came with this version.

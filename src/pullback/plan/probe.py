@@ -6,6 +6,7 @@ A backup job from the view into nowhere reads its first cluster, and is so slow 
 
 from __future__ import annotations
 
+from pullback.model.facts import Facts
 from pullback.model.snapshots import SnapshotPart
 from pullback.plan.command import JobGone, Plan, Step
 
@@ -35,6 +36,15 @@ def start_probe(part: SnapshotPart) -> Plan:
             ),
         )
     )
+
+
+def clear_probe(facts: Facts, part: SnapshotPart) -> Plan:
+    """Remove a probe of one disk that a client which died has left; empty when there is none."""
+    job = next((job for job in facts.jobs if job.id == part.names.id("probe")), None)
+    if job is not None:
+        return end_probe(part, job.status == "concluded")
+    node = part.names.node("probe")
+    return Plan((Step("blockdev-del", {"node-name": node}, "nothing goes there"),) if node in facts.nodes else ())
 
 
 def end_probe(part: SnapshotPart, concluded: bool) -> Plan:

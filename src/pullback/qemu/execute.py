@@ -31,6 +31,15 @@ async def _job_concluded(monitor: Monitor, job_id: str, events: EventListener) -
         await _next(monitor, events, f"job {job_id} to end")
 
 
+async def _end_job(monitor: Monitor, step: Step, job_id: str) -> None:
+    """Send the command that ends a job; one that ended by itself meanwhile needs none."""
+    try:
+        await monitor.execute(step.execute, step.arguments)
+    except CommandFailed:
+        if any(job["id"] == job_id and job["status"] != "concluded" for job in await monitor.execute("query-jobs")):
+            raise
+
+
 async def _job_gone(monitor: Monitor, job_id: str, events: EventListener) -> None:
     """Wait until a cancelled job is no more; one that does not dismiss itself is dismissed."""
     while job := next((job for job in await monitor.execute("query-jobs") if job["id"] == job_id), None):
@@ -71,7 +80,7 @@ async def _run_step(monitor: Monitor, step: Step) -> None:
                 await _job_concluded(monitor, job_id, events)
         case JobGone(job_id):
             async with monitor.events("JOB_STATUS_CHANGE") as events:
-                await monitor.execute(step.execute, step.arguments)
+                await _end_job(monitor, step, job_id)
                 await _job_gone(monitor, job_id, events)
         case ExportDeleted(export_id):
             async with monitor.events("BLOCK_EXPORT_DELETED") as events:
