@@ -25,6 +25,7 @@ from pullback.plan.command import Plan
 from pullback.qemu.execute import run_plan
 from pullback.qemu.monitor import Monitor, connect, dial
 from pullback.qemu.observe import observe
+from tests.golden.daemon import RealDaemon
 from tests.golden.replay import CAPTURES
 from tests.support.making import export_disks, snapshot
 
@@ -33,7 +34,7 @@ SNAPSHOT = "b0000c0de"
 
 
 @asynccontextmanager
-async def session(qemu: BareQemu, seen: list[dict[str, Any]] | None = None) -> AsyncIterator[Monitor]:
+async def session(qemu: BareQemu | RealDaemon, seen: list[dict[str, Any]] | None = None) -> AsyncIterator[Monitor]:
     """A session on QEMU's monitor; what is asked goes into ``seen``."""
 
     def trace(command: str, arguments: Mapping[str, Any], reply: Any) -> None:
