@@ -25,8 +25,8 @@ Point = Callable[[signal.Signals], Any]
 
 
 def changes_something(command: str) -> bool:
-    """Whether a QMP command may change QEMU; dying around the others shows nothing new."""
-    return not command.startswith(("query-", "x-debug-", "qom-get"))
+    """Whether a QMP command may change QEMU; dying around the others shows nothing new.  Empty: no command at all."""
+    return bool(command) and not command.startswith(("query-", "x-debug-", "qom-get"))
 
 
 def _hit(number: signal.Signals) -> None:
