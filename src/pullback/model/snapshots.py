@@ -98,16 +98,20 @@ def fits(mark: SnapshotMark | ServerMark) -> bool:
 
 
 def snapshot_mark(node: Node) -> SnapshotMark | None:
-    """The snapshot mark on a node."""
+    """The snapshot mark on a node; one that an image brought along is none."""
     for bitmap in node.bitmaps:
+        if bitmap.persistent:
+            continue
         if fields := _decoded(bitmap.name, _SNAPSHOT_MARK, 5):
             return SnapshotMark(*fields)
     return None
 
 
 def server_mark(node: Node) -> ServerMark | None:
-    """The server mark on a node."""
+    """The server mark on a node; one that an image brought along is none."""
     for bitmap in node.bitmaps:
+        if bitmap.persistent:
+            continue
         if fields := _decoded(bitmap.name, _SERVER_MARK, 3):
             return ServerMark(*fields)
     return None
@@ -156,8 +160,11 @@ class SnapshotPart:
 
     @property
     def viewed(self) -> bool:
-        """Whether its frozen view can be read."""
-        return self.access is not None
+        """Whether its frozen view can be read, and is frozen.
+
+        When somebody else cancels the job of one, its view stays, and reads as the disk does now.
+        """
+        return self.access is not None and self.filter is not None
 
     @property
     def best_view(self) -> Node | None:
@@ -193,7 +200,8 @@ class SnapshotState:
     @property
     def whole(self) -> bool:
         believable = self.exact or self.private or all(part.best_view is not part.access for part in self.parts)
-        return believable and all(part.viewed and part.mark is not None for part in self.parts)
+        viewed = all(part.viewed and part.mark is not None for part in self.parts)
+        return bool(self.parts) and believable and viewed
 
     @property
     def private(self) -> bool:
