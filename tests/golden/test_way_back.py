@@ -15,7 +15,7 @@ import pytest
 
 from lab import images
 from lab.disks import DiskSpec
-from lab.processes import LabError
+from lab.processes import LabError, wait_for
 from lab.qemu import BareQemu
 from pullback.errors import CommandFailed, DomainError
 from pullback.model.facts import Facts
@@ -293,6 +293,7 @@ def test_a_filter_over_a_jobs_ends_qemu_where_it_ends_the_fake(real: Real) -> No
     if real.facts().version < (8, 0, 0):
         with pytest.raises(DomainError):
             real.run(cancel)
+        wait_for(lambda: not real.qemu.running(), "QEMU to end")
         assert "bdrv_close" in real.qemu.log()
 
 
@@ -306,7 +307,8 @@ def test_the_device_is_never_given_the_node_it_has(real: Real) -> None:
     if real.facts().version < (8, 0, 0):
         with pytest.raises(DomainError):
             real.run(same)
-        assert not real.qemu.running()
+        wait_for(lambda: not real.qemu.running(), "QEMU to end")
+        assert "bdrv_replace_child_noperm" in real.qemu.log()
 
 
 # A stopped domain's storage daemon

@@ -109,6 +109,16 @@ def state_of(qemu: Qemu) -> Any:
     return nodes, blocks, listed, qemu.qmp("query-status")["status"]
 
 
+def difference(left: Any, right: Any) -> list[str]:
+    """In which nodes, devices, exports or jobs two states differ."""
+    nodes = [
+        f"{name}: {left[0].get(name)} and {right[0].get(name)}"
+        for name in sorted(left[0].keys() | right[0].keys())
+        if left[0].get(name) != right[0].get(name)
+    ]
+    return nodes + [f"{a} and {b}" for a, b in zip(left[1:], right[1:], strict=True) if a != b]
+
+
 # -- a domain that writes -----------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pullback.model.chain import Edge, read_chain
 from pullback.model.facts import Disk, Facts
-from pullback.model.snapshots import Names, ServerMark, SnapshotMark, read_snapshots
+from pullback.model.snapshots import FROZEN_VIEW_EXACT, PUBLIC, Names, ServerMark, SnapshotMark, read_snapshots
 from pullback.plan.checkpoint import NodeChain
 from pullback.plan.command import Plan
 from pullback.plan.export import ExportPart, start_export
@@ -54,9 +54,14 @@ def snapshot(
     checkpoint: str | None = None,
     directory: str = "/var/tmp/pullback",
     name: str = "",
-    view: bool = False,
+    view: bool | None = None,
 ) -> Plan:
-    """Scratches, the freeze and the frozen views; ``view`` puts one that can be believed on each."""
+    """Scratches, the freeze and the frozen views.
+
+    ``view`` puts one that can be believed on each; None does where a public snapshot needs it.
+    """
+    if view is None:
+        view = snapshot_id.startswith(PUBLIC) and facts.version < FROZEN_VIEW_EXACT
     parts = freeze_parts(facts, snapshot_id, targets, directory, name, checkpoint)
     plan = prepare_snapshot(parts)
     plan += freeze(parts, tracked_of(parts), checkpoint, method, running=facts.running)

@@ -19,8 +19,10 @@ SIZE = 64 * MIB
 MOMENT = datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC)
 
 
-def bitmap(name: str, recording: bool = False, *, inconsistent: bool = False, count: int = 0) -> Bitmap:
-    return Bitmap(name, 65536, count, recording, True, inconsistent=inconsistent)
+def bitmap(
+    name: str, recording: bool = False, *, inconsistent: bool = False, count: int = 0, persistent: bool = True
+) -> Bitmap:
+    return Bitmap(name, 65536, count, recording, persistent, inconsistent=inconsistent)
 
 
 def bitmaps(*points: str) -> tuple[Bitmap, ...]:

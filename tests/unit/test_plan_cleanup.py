@@ -165,7 +165,7 @@ def test_a_server_without_our_mark_is_not_ours():
 
 
 def test_a_mark_on_anything_else_means_nothing():
-    seen = facts([device()], [node("node-vda", bitmaps=(bitmap(SERVER.bitmap_name()),))])
+    seen = facts([device()], [node("node-vda", bitmaps=(bitmap(SERVER.bitmap_name(), persistent=False),))])
     assert not remove_snapshots(seen, {FIRST})
 
 

@@ -112,7 +112,7 @@ def test_the_scratch_is_made_by_qemu_before_anything_else():
 def test_the_mark_says_whose_the_scratch_is_and_records_nothing():
     *_, mark = prepare_snapshot(ONE).commands()
     assert (mark.arguments["disabled"], mark.arguments["persistent"]) == (True, False)
-    written = node(ONE[0].scratch, "file", bitmaps=(bitmap(mark.arguments["name"]),))
+    written = node(ONE[0].scratch, "file", bitmaps=(bitmap(mark.arguments["name"], persistent=False),))
     assert snapshot_mark(written) == ONE[0].mark
 
 

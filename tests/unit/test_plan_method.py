@@ -101,7 +101,7 @@ def frozen(*made_by: str) -> Facts:
     for number, method in reversed(list(enumerate(made_by))):
         name = f"pb-s0000000{number}-0"
         scratch = mark("vdb", name=f"night{number}").bitmap_name()
-        nodes.append(node(f"{name}-scratch", "file", bitmaps=(bitmap(scratch),)))
+        nodes.append(node(f"{name}-scratch", "file", bitmaps=(bitmap(scratch, persistent=False),)))
         children = {"file": below, "target": f"{name}-scratch"}
         nodes.append(node(f"{name}-filter", "copy-before-write", children=children))
         nodes.append(node(f"{name}-access", "snapshot-access", children={"file": f"{name}-filter"}))

@@ -322,7 +322,7 @@ def _no_server(error: CommandFailed, server: ServerMark) -> DomainError:
 async def _stop_again(session: Session, parts: Sequence[ExportPart], server: ServerMark, error: BaseException) -> None:
     try:
         await session.reconnect()
-        if isinstance(error, CommandFailed) and error.command == "nbd-server-start":
+        if isinstance(error, CommandFailed) and error.command in ("object-add", "nbd-server-start"):
             # The server that runs is somebody else's; without the marks nobody takes it for ours.
             await session.run(disown_server(parts, server))
         await session.run(stop_exports(await session.observe(), {part.id for part in parts}))

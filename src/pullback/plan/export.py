@@ -144,18 +144,26 @@ def start_export(
 
 
 def disown_server(parts: Sequence[ExportPart], server: ServerMark) -> Plan:
-    """The NBD server that runs is somebody else's: take the marks that were to say it is ours back."""
-    return Plan(
-        tuple(
-            Step(
-                "block-dirty-bitmap-remove",
-                {"node": part.node, "name": server.bitmap_name()},
-                "the NBD server is not ours",
-                optional=True,
-            )
-            for part in parts
+    """The NBD server that runs is somebody else's, or none could be started: take back what was to say it is ours.
+
+    Certificates that were loaded for it go too: with the marks gone nobody would know of them.
+    """
+    steps = [
+        Step(
+            "block-dirty-bitmap-remove",
+            {"node": part.node, "name": server.bitmap_name()},
+            "the NBD server is not ours",
+            optional=True,
         )
-    )
+        for part in parts
+    ]
+    return Plan((*_drop_certificates(server), *steps))
+
+
+def _drop_certificates(server: ServerMark) -> list[Step]:
+    if server.tls is None:
+        return []
+    return [Step("object-del", {"id": TLS_OBJECT}, "the certificates go with the server", optional=True)]
 
 
 def delete_export(export_id: str) -> Step:
@@ -171,6 +179,4 @@ def delete_export(export_id: str) -> Step:
 def stop_server(server: ServerMark | None) -> list[Step]:
     """Stop our NBD server and drop its certificates."""
     steps = [Step("nbd-server-stop", {}, "nobody exports any more", optional=True)]
-    if server is not None and server.tls is not None:
-        steps.append(Step("object-del", {"id": TLS_OBJECT}, "its certificates go with it", optional=True))
-    return steps
+    return steps + (_drop_certificates(server) if server is not None else [])

@@ -31,7 +31,8 @@ def choose_transport(facts: Facts, disks: Sequence[Disk]) -> Transport:
     if any(on_unsafe_iothread(facts, disk) for disk in disks) or foreign_exports(facts):
         return "push"
     server = current_server(facts)
-    return "push" if server is not None and server.kind != "unix" else "pull"
+    # Our own client speaks no TLS.
+    return "push" if server is not None and (server.kind != "unix" or server.tls is not None) else "pull"
 
 
 @dataclass(frozen=True, slots=True)
