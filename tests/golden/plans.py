@@ -31,7 +31,7 @@ from tests.support.making import (
 SNAPSHOT = "b0000c0de"
 PUBLIC = "s0000cafe"
 NBD = ServerMark("unix", "/run/pullback/nbd")
-TLS = ServerMark("inet", "[::1]:10809", "/etc/pullback/tls")
+TLS = ServerMark("inet", "::1:10809", "/etc/pullback/tls")
 
 
 def disks(facts: Facts) -> dict[str, Disk]:
