@@ -56,8 +56,9 @@ def load_config(path: str | None) -> Config:
 
     UsageError for a file that is named and cannot be read, and for whatever is wrong in it.
     """
+    # A usual place may be another user's home, which we may not even look into.
     named = path or os.environ.get("PULLBACK_CONFIG")
-    candidates = [Path(named)] if named else [place for place in _places() if place.exists()]
+    candidates = [Path(named)] if named else [place for place in _places() if os.access(place, os.F_OK)]
     if not candidates:
         return Config()
     try:

@@ -72,7 +72,7 @@ def _image(target: str, path: str, given: str) -> Image:
             looks = "qcow2" if file.read(4) == _QCOW2_MAGIC else "raw"
     except OSError as error:
         raise UsageError(f"cannot open the image {path}: {error.strerror}") from error
-    by_name = "qcow2" if path.endswith(".qcow2") else "raw" if path.endswith((".raw", ".img")) else looks
+    by_name = "qcow2" if path.endswith(".qcow2") else "raw"
     if not given and looks == "qcow2" and by_name != "qcow2":
         # A domain can write such a header into its raw disk, and have files of the host opened as its backing.
         raise UsageError(
