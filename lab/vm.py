@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab import guest
+from lab import agent, guest
 from lab.disks import KINDS, DiskSpec
 from lab.processes import LabError, LabTimeout, wait_for
 from lab.qemu import Qemu
@@ -39,7 +39,8 @@ class GuestError(LabError):
 class Vm(Qemu):
     """A Linux with busybox on real disks; root's shell is at hand, there is no network.
 
-    Disks appear in their order: ``/dev/vda`` … on virtio, ``/dev/sda`` … on scsi and ide.
+    Disks appear in their order: ``/dev/vda`` … on virtio, ``/dev/sda`` … on scsi and ide.  ``with_agent`` gives it the
+    port of a guest agent, which QEMU offers at ``agent_path``; ``start-agent`` in the guest is the agent.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Vm(Qemu):
         memory: str = "256M",
         accel: str | None = None,
         boot_timeout: float = 90.0,
+        with_agent: bool = False,
         **more: Any,
     ) -> None:
         for disk in disks:
@@ -57,6 +59,8 @@ class Vm(Qemu):
         # The cloud kernel has a driver for the IDE controller of `pc`, none for the one of `q35`.
         super().__init__(disks, memory=memory, machine="pc", accel=accel or accelerator(), **more)
         self.boot_timeout = boot_timeout
+        self.with_agent = with_agent
+        self.agent_path = self.directory / "agent"
         self._shell_path = self.directory / "shell"
         self._console_path = self.directory / "console"
         self._shell: socket.socket | None = None
@@ -89,16 +93,26 @@ class Vm(Qemu):
 
     def _more_args(self) -> list[str]:
         modules = dict.fromkeys(module for disk in self.disks for module in KINDS[disk.bus].modules or ())
+        if self.with_agent:
+            modules |= dict.fromkeys(("virtio_pci", agent.MODULE))
+        initramfs = agent.initramfs() if self.with_agent else guest.initramfs()
         command_line = (
             "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off nokaslr tsc=reliable random.trust_cpu=on "
             f"lab.disks={len(self.disks)} lab.modules={','.join(modules)}"
         )
         return [
             *(["-cpu", "host"] if self.accel == "kvm" else []),
-            *["-kernel", str(guest.kernel()), "-initrd", str(guest.initramfs()), "-append", command_line],
+            *["-kernel", str(guest.kernel()), "-initrd", str(initramfs), "-append", command_line],
             *["-no-reboot", "-chardev", f"file,id=console,path={self._console_path},append=on"],
             *["-serial", "chardev:console"],
             *["-chardev", f"socket,id=shell,path={self._shell_path},server=on,wait=off", "-serial", "chardev:shell"],
+            *(self._agent_args() if self.with_agent else []),
+        ]
+
+    def _agent_args(self) -> list[str]:
+        return [
+            *["-device", "virtio-serial-pci", "-device", f"virtserialport,chardev=agent,name={agent.PORT}"],
+            *["-chardev", f"socket,id=agent,path={self.agent_path},server=on,wait=off"],
         ]
 
     def run(self, script: str, timeout: float = 60.0) -> str:
