@@ -129,7 +129,7 @@ def life(lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch) -> Li
 def test_killed_before_every_command(life: Life) -> None:
     count = dying.commands_of(life.stage, life.qemu)
     life.states |= {backup: references(life.qemu) for backup in life.stage.listed() if backup not in life.states}
-    assert count > 40
+    assert count > 30
     for at in range(1, count):
         life.recovers(dying.before_command(at))
     life.stage.restic.check()
