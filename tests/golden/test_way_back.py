@@ -268,14 +268,27 @@ def test_an_export_shows_each_map_of_changes_alone(real: Real) -> None:
     server = ServerMark("unix", str(real.directory / "nbd"))
     for one in (real, fake):
         one.run(snapshot(one.facts(), THIRD, ["vda"], checkpoint="A", directory=str(real.directory)))
-        one.run(export_disks(one.facts(), THIRD, server, ["vda"], points=["A"]))
-        again = export_disks(one.facts(), THIRD, server, ["vda"], points=["A"], suffix="-2", start_server=False)
+        one.run(export_disks(one.facts(), THIRD, server, ["vda"], points=["A"], role="view"))
+        again = export_disks(
+            one.facts(), THIRD, server, ["vda"], points=["A"], role="view", suffix="-2", start_server=False
+        )
         with pytest.raises((CommandFailed, QemuError), match=r"in use"):
             one.run(again)
         one.run(stop_exports(one.facts(), {export.id for export in one.facts().exports}))
-        one.run(export_disks(one.facts(), THIRD, server, ["vda"], points=["A"], suffix="-2"))
+        one.run(export_disks(one.facts(), THIRD, server, ["vda"], points=["A"], role="view", suffix="-2"))
         one.run(remove_snapshots(one.facts(), {THIRD}))
     assert graph(real.facts()) == graph(fake.facts())
+
+
+def test_a_view_that_can_be_believed_lets_nobody_write_below_it(real: Real) -> None:
+    fake = FakeQemu(*TARGETS)
+    server = ServerMark("unix", str(real.directory / "nbd"))
+    for one in (real, fake):
+        one.run(snapshot(one.facts(), THIRD, ["vda"], directory=str(real.directory)))
+        with pytest.raises((CommandFailed, QemuError), match=r"(?i)permission conflict"):
+            one.run(export_disks(one.facts(), THIRD, server, ["vda"], role="access"))
+        one.run(remove_snapshots(one.facts(), {THIRD}))
+    assert graph(real.facts()) == graph(fake.facts()) == CLEAN
 
 
 def test_a_filter_over_a_jobs_ends_qemu_where_it_ends_the_fake(real: Real) -> None:

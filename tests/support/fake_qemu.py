@@ -326,6 +326,8 @@ class FakeQemu:
             raise QemuError(f"duplicate export {name}")
         for bitmap in arguments["bitmaps"]:
             self._usable(node, bitmap)
+        if arguments["writable"] and any(self.nodes[one].driver == "blkdebug" for one in self._parents(node)):
+            raise QemuError(f"permission conflict on node {node}")
         if arguments["writable"] and not self.daemon and (node in self.roots.values() or self._writes(node)):
             raise QemuError(f"{node} is written to by the domain")
         self.exports[name] = FakeExport(node, tuple(arguments["bitmaps"]))
