@@ -52,6 +52,17 @@ def stage(tmp_path: Path) -> Stage:
     return filled_stage(tmp_path)
 
 
+WITH_XML = (
+    ["--snapshot", "s"],
+    ["--disk", "d"],
+    ["--since", "A"],
+    ["--all-checkpoints"],
+    ["--socket", "/s"],
+    ["--listen", "h"],
+    ["--export-name", "a=b"],
+    ["--writable"],
+)
+
 WRONG = [
     ([], "no command was given"),
     (["nonsense"], "nonsense"),
@@ -70,10 +81,53 @@ WRONG = [
     (["list", "--nonsense"], "--nonsense"),
     (["restore", "latest"], "--to"),
     (["restore", "latest", "--to", "x", "--format", "vmdk"], "'vmdk' is no format of images"),
+    (["backup", "disk:"], "disk: is followed by no path"),
+    (["snapshot"], "Missing command"),
+    (["snapshot", "nonsense"], "nonsense"),
+    (["snapshot", "create"], "DOMAIN"),
+    (["snapshot", "create", "web"], "'web' is neither"),
+    (["snapshot", "create", "qmp:/x", "--method", "magic"], "'magic' is no method to freeze with"),
+    (["snapshot", "create", "qmp:/x", "one", "--xml", "/d"], "--xml says which disks, name and checkpoint"),
+    (["snapshot", "create", "qmp:/x", "--checkpoint", "c", "--xml", "/d"], "--xml says which disks"),
+    (["snapshot", "create", "qmp:/x", "--disk", "d", "--xml", "/d"], "--xml says which disks"),
+    (["snapshot", "create", "qmp:/x", "--xml", "/nowhere"], "cannot read /nowhere"),
+    (["snapshot", "delete", "qmp:/x"], "NAME"),
+    (["snapshot", "list", "disk:/nowhere.qcow2"], "cannot open the image /nowhere.qcow2"),
+    (["snapshot", "list", "disk:a=/dev/null,a=/dev/zero"], "two images are called a"),
+    (["snapshot", "list", "disk:x y=/dev/null"], "'x y' cannot name a disk"),
+    (["export", "start", "qmp:/x", "--snapshot", "s"], "one of --socket and --listen"),
+    (
+        ["export", "start", "qmp:/x", "--snapshot", "s", "--socket", "/s", "--listen", "h"],
+        "one of --socket and --listen",
+    ),
+    (["export", "start", "qmp:/x", "--socket", "/s"], "no snapshot was named"),
+    (["export", "start", "qmp:/x", "--snapshot", "s", "--listen", "h:x"], "'h:x' is not HOST or HOST:PORT"),
+    (["export", "start", "qmp:/x", "--snapshot", "s", "--listen", "h:65536"], "'h:65536' is not HOST or HOST:PORT"),
+    (
+        ["export", "start", "qmp:/x", "--snapshot", "s", "--socket", "/s", "--since", "A", "--all-checkpoints"],
+        "--since and --all-checkpoints cannot both be given",
+    ),
+    (["export", "start", "qmp:/x", "--socket", "/s", "--writable", "--since", "A"], "changes need a snapshot"),
+    (["export", "start", "qmp:/x", "--snapshot", "s", "--socket", "/s", "--export-name", "x"], "'x' is not DISK=NAME"),
+    (["export", "start", "qmp:/x", "--snapshot", "s", "--socket", "/s", "--export-name", "=x"], "is not DISK=NAME"),
+    *((["export", "start", "qmp:/x", "--xml", "/d", *more], "--xml says what to export where") for more in WITH_XML),
+    (["export", "start", "qmp:/x", "--xml", "/nowhere"], "cannot read /nowhere"),
+    (["checkpoint", "delete", "qmp:/x"], "NAME"),
+    (["checkpoint", "size", "qmp:/x"], "NAME"),
+    (["domain", "show"], "DOMAIN"),
+    (["domain", "list", "web"], "web"),
+    (["recover"], "DOMAIN"),
+    (["recover", "qmp:/x", "--nonsense"], "--nonsense"),
 ]
 
 
-COMMANDS = ("init", "backup", "list", "restore")
+GROUPS = ("domain", "checkpoint", "snapshot", "export")
+COMMANDS = ("init", "backup", "list", "restore", "recover", *GROUPS)
+
+
+def words_of_command(arguments: list[str]) -> int:
+    """How many words say which command it is."""
+    return 2 if arguments[0] in GROUPS else 1
 
 
 def shown(value: object) -> str | None:
@@ -92,10 +146,15 @@ def test_a_wrong_command_line_is_one_line_and_2(command: Command, arguments: lis
     assert done.err.endswith(".\n")
 
 
-@pytest.mark.parametrize(("arguments", "says"), [one for one in WRONG if one[0] and one[0][0] in COMMANDS], ids=shown)
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [one for one in WRONG if one[0] and one[0][0] in COMMANDS and len(one[0]) >= words_of_command(one[0])],
+    ids=shown,
+)
 def test_with_json_it_is_one_object_on_standard_output(command: Command, arguments: list[str], says: str) -> None:
     # Not at the end: `--name` would take it for its value.
-    done = command(arguments[0], "--json", *arguments[1:])
+    words = words_of_command(arguments)
+    done = command(*arguments[:words], "--json", *arguments[words:])
     assert not done.err
     (event,) = done.events
     assert (done.code, event["event"], event["exit_code"]) == (2, "error", 2)
@@ -103,10 +162,72 @@ def test_with_json_it_is_one_object_on_standard_output(command: Command, argumen
 
 
 def test_help_and_version_are_0(command: Command) -> None:
-    for arguments in (["--help"], ["backup", "--help"], ["--version"]):
+    for arguments in (
+        ["--help"],
+        ["backup", "--help"],
+        ["snapshot", "--help"],
+        ["export", "start", "--help"],
+        ["--version"],
+    ):
         done = command(*arguments)
         assert (done.code, done.err) == (0, "")
         assert "pullback" in done.out
+
+
+ON_A_DOMAIN = [
+    ["domain", "show"],
+    ["checkpoint", "list"],
+    ["checkpoint", "size", "c"],
+    ["checkpoint", "delete", "c"],
+    ["snapshot", "create"],
+    ["snapshot", "list"],
+    ["snapshot", "delete", "s"],
+    ["export", "start", "--snapshot", "s", "--socket", "/s"],
+    ["export", "list"],
+    ["export", "stop"],
+    ["recover"],
+]
+
+
+@pytest.mark.parametrize("words", ON_A_DOMAIN, ids=shown)
+def test_a_domain_that_is_not_there_is_4(command: Command, tmp_path: Path, words: list[str]) -> None:
+    length = words_of_command(words)
+    done = command(*words[:length], f"qmp:{tmp_path}/none", *words[length:])
+    assert (done.code, done.out, done.err.count("\n")) == (4, "", 1)
+    assert f"{tmp_path}/none" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "document", "says"),
+    [
+        (["snapshot", "create"], "<domainblocksnapshot>", "line"),
+        (["snapshot", "create"], "<domain/>", "domain"),
+        (["snapshot", "create"], '<domainblocksnapshot><disk name="a"><flece/></disk></domainblocksnapshot>', "flece"),
+        (["export", "start"], "nonsense", "line"),
+        (["export", "start"], '<domainblockexport type="nbd"/>', "address"),
+        (["export", "start"], "<!DOCTYPE a><domainblockexport/>", "type"),
+    ],
+)
+def test_a_wrong_document_is_one_line_and_2(
+    command: Command, tmp_path: Path, words: list[str], document: str, says: str
+) -> None:
+    (path := tmp_path / "document.xml").write_text(document)
+    done = command(*words, "qmp:/x", "--xml", str(path))
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert says in done.err
+
+
+def test_a_document_with_two_snapshots_or_tls_needs_more(command: Command, tmp_path: Path) -> None:
+    address = '<address type="ip" host="h" port="1" tls="yes"/>'
+    disks = '<disk name="a" snapshot="s"/><disk name="b" snapshot="{}"/>'
+    (path := tmp_path / "document.xml").write_text(
+        f'<domainblockexport type="nbd">{address}{disks.format("t")}</domainblockexport>'
+    )
+    done = command("export", "start", "qmp:/x", "--xml", str(path))
+    assert (done.code, "disks of 2 snapshots" in done.err) == (2, True)
+    path.write_text(f'<domainblockexport type="nbd">{address}{disks.format("s")}</domainblockexport>')
+    done = command("export", "start", "qmp:/x", "--xml", str(path))
+    assert (done.code, "wants TLS" in done.err) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,15 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "qemu.md").read_text()
 
 
-def tests_in(*folders: str) -> set[str]:
+def names_in(*folders: str) -> set[str]:
     sources = [path.read_text() for folder in folders for path in (ROOT / "tests").glob(f"{folder}")]
     return {name for source in sources for name in re.findall(r"^(?:async )?def (test_\w+)", source, re.MULTILINE)}
 
 
 def check_tests(text: str) -> list[str]:
-    real = tests_in("*/test_*.py")
+    real = names_in("*/test_*.py")
     cited = {name for name in named(text) if name.startswith("test_")}
-    facts = tests_in("qemu/test_docs_qemu_facts.py")
+    facts = names_in("qemu/test_docs_qemu_facts.py")
     last = [(row[0], named(row[-1])) for row in rows(text)]
     return [
         *[f"there is no {name}" for name in sorted(cited - real)],

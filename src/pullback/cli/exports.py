@@ -60,7 +60,7 @@ def start(
     on = OnDomain(domain, config, json=json, trace=trace, dry_run=dry_run)
 
     if xml is not None:
-        if snapshot or disk or since or all_checkpoints or socket or listen or export_name:
+        if snapshot or disk or since or all_checkpoints or socket or listen or export_name or writable:
             raise UsageError("--xml says what to export where", todo="Leave that out of the command line.")
         from pullback.cli.documents import export_request
 
@@ -71,6 +71,8 @@ def start(
         raise UsageError(
             "no snapshot was named", todo="Name one with --snapshot; --writable offers the domain's own disks."
         )
+    if snapshot is None and (since or all_checkpoints):
+        raise UsageError("changes need a snapshot that they lead to", todo="Leave --since out, or name a --snapshot.")
 
     async def offer(opened: Domain) -> tuple[Export, ...]:
         return await _offer(opened, snapshot, request)
