@@ -10,6 +10,8 @@ import pytest
 
 from lab.qemu import BareQemu
 from pullback.errors import Refused, SnapshotBroken
+from pullback.nbd.address import parse_uri
+from pullback.nbd.blocking import NbdConnection
 from tests.support.api import Api, by_nbdcopy, scribble, state_of
 from tests.support.product import KIB, MIB, Stage, mounted_tmpfs, reference, references, same
 
@@ -122,7 +124,10 @@ def test_io_threads(lab_dir: Path, bare_qemu: Start) -> None:
     first = stage.backup(qemu)
     for disk in qemu.disks:
         scribble(qemu, disk.id, {5})
-        qemu.device_zero(disk.id, 128 * KIB, 256 * KIB, unmap=True)
+        if disk.id == "sda":  # the monitor's own write of zeroes to it ends QEMU 7.2, snapshot or not
+            qemu.device_write(disk.id, 128 * KIB, 256 * KIB, 0)
+        else:
+            qemu.device_zero(disk.id, 128 * KIB, 256 * KIB, unmap=True)
         qemu.device_discard(disk.id, 512 * KIB, 64 * KIB)
     qemu.device_zero("vda", ODD - 1024, 1024)
     second_state = references(qemu)
@@ -136,7 +141,10 @@ def test_io_threads(lab_dir: Path, bare_qemu: Start) -> None:
     words = ("export", "start", "--snapshot", "s", "--socket", lab_dir / "nbd")
     api.refused(5, "can abort when an export of such a disk is closed", *words)
     assert api.do("snapshot", "list")["snapshots"][0]["broken"] == []
-    api.do("snapshot", "delete", "s")
+    api.snapshot("above")
+    for name in ("s", "above"):  # the lower one first: all its ranges are let go
+        api.do("snapshot", "delete", name)
+    assert api.clean() == [] and qemu.running()
     api.refused(5, "can abort when a job's frozen view", "snapshot", "create", "s", "--method", "job")
     with mounted_tmpfs(lab_dir / "small", "256k") as small, pytest.raises(SnapshotBroken):
         # A tiny scratch, and the domain writes as soon as the disks are frozen.
@@ -171,9 +179,6 @@ def test_a_foreign_export_makes_it_a_push(lab_dir: Path, bare_qemu: Start) -> No
 
 def test_writable_exports(lab_dir: Path, bare_qemu: Start) -> None:
     """Refused while the domain uses the disk; where it may be shared, writes land and mark bits."""
-    from pullback.nbd.address import parse_uri
-    from pullback.nbd.blocking import NbdConnection
-
     stage = Stage(lab_dir)
     disks = [stage.disk("vda", SIZE), stage.disk("vdb", SIZE, device_options={"share-rw": True})]
     qemu = bare_qemu(disks, running=True)
