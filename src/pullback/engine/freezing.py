@@ -21,11 +21,12 @@ from pullback.model.facts import ON_CBW_ERROR, Disk, Facts
 from pullback.model.snapshots import PRIVATE, PUBLIC, Names, SnapshotMark, SnapshotState, fits, read_snapshots
 from pullback.plan.checkpoint import NodeChain, remove_checkpoints
 from pullback.plan.cleanup import remove_snapshots
+from pullback.plan.command import Plan
 from pullback.plan.freeze import FreezePart, freeze, open_access, prepare_snapshot
 from pullback.plan.method import FROZEN_VIEW_EXACT, Method, choose_method
 from pullback.plan.selection import select_disks
 from pullback.plan.view import open_view
-from pullback.qemu.agent import Agent, connect_agent, frozen_file_systems
+from pullback.qemu.agent import Agent, NotFrozen, connect_agent, frozen_file_systems
 
 Freeze = Literal["no", "try", "require"]
 
@@ -189,27 +190,36 @@ async def _carry_out(
                 todo="Name a directory that QEMU's user can write to with --scratch.",
             ) from error
     tracked = [NodeChain(disk.node, read_chain(disk.bitmaps)) for disk in disks if not disk.untracked]
-    plan = freeze(
-        parts,
-        tracked,
-        snapshot.checkpoint,
-        method,
-        running=facts.running and agent is None and not (session.dry and request.freeze != "no"),
-        break_snapshot=ON_CBW_ERROR in facts.features,
-    )
-    if agent is None:
-        snapshot.paused_seconds = await session.run(plan)
-    else:
-        begin = time.monotonic()
-        async with frozen_file_systems(agent):
-            snapshot.paused_seconds = await session.run(plan)
-        snapshot.frozen_seconds = time.monotonic() - begin
-        snapshot.consistency = "frozen"
+
+    def plan(*, running: bool) -> Plan:
+        known = ON_CBW_ERROR in facts.features
+        return freeze(parts, tracked, snapshot.checkpoint, method, running=running, break_snapshot=known)
+
+    if agent is None or not await _freeze_inside(session, request, snapshot, agent, plan(running=False)):
+        running = facts.running and not (session.dry and request.freeze != "no")
+        snapshot.paused_seconds = await session.run(plan(running=running))
     snapshot.time = datetime.now(UTC)
     await session.run(open_access(parts))
     if not request.private and facts.version < FROZEN_VIEW_EXACT:
         for part in parts:
             await session.run(open_view(part.names, part.disk.target, part.disk.virtual_size))
+
+
+async def _freeze_inside(
+    session: Session, request: SnapshotRequest, snapshot: Snapshot, agent: Agent, plan: Plan
+) -> bool:
+    """Carry the plan out while the file systems are frozen; False, with nothing done, when they could not be."""
+    begin = time.monotonic()
+    try:
+        async with frozen_file_systems(agent):
+            snapshot.paused_seconds = await session.run(plan)
+    except NotFrozen:
+        if request.freeze == "require":
+            raise
+        return False
+    snapshot.frozen_seconds = time.monotonic() - begin
+    snapshot.consistency = "frozen"
+    return True
 
 
 def _part(snapshot: Snapshot, disk: Disk, scratch: str) -> FreezePart:

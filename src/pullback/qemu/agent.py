@@ -22,6 +22,10 @@ _SYNC_TIMEOUT, _COMMAND_TIMEOUT = 5.0, 60.0
 _LINE_LIMIT = 1 << 20
 
 
+class NotFrozen(DomainError):
+    """The file systems inside the domain could not be frozen; they are as they were."""
+
+
 class Agent:
     """A connection to a guest agent; made by :func:`connect_agent`."""
 
@@ -30,37 +34,52 @@ class Agent:
         self._writer = writer
         self.path = path
 
-    async def _command(self, name: str, arguments: dict[str, Any] | None = None, prefix: bytes = b"") -> Any:
+    async def _send(self, name: str, arguments: dict[str, Any] | None = None, prefix: bytes = b"") -> None:
         request = {"execute": name, **({"arguments": arguments} if arguments else {})}
         try:
             self._writer.write(prefix + json.dumps(request).encode() + b"\n")
             await self._writer.drain()
+        except OSError as error:
+            raise DomainUnreachable(f"the guest agent at {self.path} was lost during {name}: {error}") from error
+
+    async def _reply(self, name: str) -> dict[str, Any]:
+        try:
             line = await self._reader.readline()
             reply = json.loads(line.rpartition(b"\xff")[2]) if line else None
         except (OSError, ValueError) as error:
             raise DomainUnreachable(f"the guest agent at {self.path} was lost during {name}: {error}") from error
-        if reply is None:
+        if not isinstance(reply, dict):
             raise DomainUnreachable(f"the guest agent at {self.path} went away during {name}")
+        return reply
+
+    async def _command(self, name: str) -> int:
+        await self._send(name)
+        reply = await self._reply(name)
         if "error" in reply:
             raise DomainError(f"the guest agent refused {name}: {reply['error'].get('desc', 'no reason given')}")
-        return reply.get("return")
+        return int(reply.get("return", 0))
 
     async def synchronize(self) -> None:
         """Make sure that an agent answers, and that what it answers is meant for us (guest-sync-delimited)."""
         token = secrets.randbelow(1 << 31)
         # The byte is no valid JSON: it ends whatever an earlier client left half said.
-        while await self._command("guest-sync-delimited", {"id": token}, b"\xff") != token:
-            token = secrets.randbelow(1 << 31)
+        await self._send("guest-sync-delimited", {"id": token}, b"\xff")
+        while (await self._reply("guest-sync-delimited")).get("return") != token:
+            continue
 
     async def freeze(self) -> int:
         """Freeze all file systems; how many there were (guest-fsfreeze-freeze)."""
         async with asyncio.timeout(_COMMAND_TIMEOUT):
-            return int(await self._command("guest-fsfreeze-freeze"))
+            return await self._command("guest-fsfreeze-freeze")
 
     async def thaw(self) -> int:
-        """Thaw all file systems; how many there were (guest-fsfreeze-thaw)."""
+        """Thaw all file systems; how many there were (guest-fsfreeze-thaw).
+
+        Synchronised first: a freeze that was given up may be answered only now.
+        """
         async with asyncio.timeout(_COMMAND_TIMEOUT):
-            return int(await self._command("guest-fsfreeze-thaw"))
+            await self.synchronize()
+            return await self._command("guest-fsfreeze-thaw")
 
     async def close(self) -> None:
         """Close the connection."""
@@ -89,23 +108,45 @@ async def connect_agent(path: str) -> Agent:
 
 
 @asynccontextmanager
-async def frozen_file_systems(agent: Agent) -> AsyncIterator[int]:
-    """Keep all file systems frozen while the block runs; how many.  They thaw however it ends, even by SIGKILL."""
+async def frozen_file_systems(agent: Agent) -> AsyncIterator[None]:
+    """Keep all file systems frozen while the block runs.  They thaw however it ends, even by SIGKILL.
+
+    NotFrozen, before the block runs, when the agent cannot freeze them or finds none.
+    """
     guard = Guard([("agent", agent.path)])
     thawed = False
     try:
         await guard.ready()
         await guard.arm()
         try:
-            yield await agent.freeze()
+            await _freeze(agent)
+            yield
         finally:
-            await asyncio.shield(agent.thaw())
+            await asyncio.shield(_thaw(agent))
             await guard.disarm()
             thawed = True
-    except TimeoutError as error:
-        raise DomainUnreachable(f"the guest agent at {agent.path} did not answer in time") from error
     finally:
         if not thawed:
             # The guard is armed still, and the agent serves one client at a time.
             await agent.close()
         await asyncio.to_thread(guard.close)
+
+
+async def _freeze(agent: Agent) -> None:
+    try:
+        count = await agent.freeze()
+    except TimeoutError as error:
+        raise NotFrozen(f"the guest agent at {agent.path} did not freeze within {_COMMAND_TIMEOUT:.0f} s") from error
+    except DomainError as error:
+        raise NotFrozen(error.what) from error
+    if not count:
+        raise NotFrozen(f"the guest agent at {agent.path} found no file system to freeze")
+
+
+async def _thaw(agent: Agent) -> None:
+    try:
+        await agent.thaw()
+    except TimeoutError as error:
+        raise DomainUnreachable(
+            f"the guest agent at {agent.path} did not thaw within {_COMMAND_TIMEOUT:.0f} s"
+        ) from error
