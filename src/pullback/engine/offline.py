@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import signal
 import subprocess
 import time
 from dataclasses import dataclass
@@ -86,19 +87,23 @@ def _image(target: str, path: str, given: str) -> Image:
 
 @dataclass(frozen=True, slots=True)
 class DaemonPlace:
-    """Where the daemon on some images has its socket; ``identity`` names the set of images."""
+    """Where the daemon on some images has its socket; ``identity`` names the set of images.
+
+    ``kept`` is there once a command ended and left the daemon on purpose.
+    """
 
     identity: str
     socket: Path
     pidfile: Path
     log: Path
+    kept: Path
 
 
 def daemon_place(images: tuple[Image, ...], directory: Path) -> DaemonPlace:
     """The place for the daemon on these images below ``directory``; the same for the same files."""
     inodes = sorted((status.st_dev, status.st_ino) for status in (Path(image.path).stat() for image in images))
     name = "disk-" + hashlib.sha256(repr(inodes).encode()).hexdigest()[:16]
-    return DaemonPlace(name, directory / f"{name}.qmp", directory / f"{name}.pid", directory / f"{name}.log")
+    return DaemonPlace(name, *(directory / f"{name}.{what}" for what in ("qmp", "pid", "log", "kept")))
 
 
 def _arguments(place: DaemonPlace) -> list[str]:
@@ -125,9 +130,14 @@ class OfflineDaemon:
     def start(self) -> Line:
         """Find the daemon, or start an empty one.  DomainUnreachable, with its words, when it does not come up."""
         try:
-            return dial(str(self._place.socket))
+            line = dial(str(self._place.socket))
         except DomainUnreachable:
             self.wait()
+        else:
+            if self._place.kept.exists():
+                return line
+            line.socket.close()
+            self._end_orphan()
         with self._place.log.open("wb") as log:
             self._process = subprocess.Popen(
                 _arguments(self._place),
@@ -149,8 +159,16 @@ class OfflineDaemon:
         self.terminate()
         return DomainUnreachable(f"the storage daemon did not start: {said[0]}", means="Nothing was touched.")
 
+    def _end_orphan(self) -> None:
+        """End a daemon that was not left on purpose: its client was killed, and it may be ending already."""
+        pid = self._pid()
+        if pid is not None and _alive(pid, None):
+            os.kill(pid, signal.SIGTERM)
+        self.wait()
+
     def leave(self) -> None:
         """Let the daemon live on: something of ours is in it."""
+        self._place.kept.touch()
         if self._watcher is not None:
             self._watcher.release()
 
@@ -163,7 +181,7 @@ class OfflineDaemon:
         if self._watcher is not None:
             self._watcher.release()
             self._watcher = None
-        for path in (self._place.socket, self._place.pidfile, self._place.log):
+        for path in (self._place.socket, self._place.pidfile, self._place.log, self._place.kept):
             path.unlink(missing_ok=True)
 
     def terminate(self) -> None:

@@ -176,7 +176,6 @@ async def open_offline_session(
         monitor = None
         try:
             line = await uncancelled(asyncio.to_thread(daemon.start))
-            resources.callback(line.socket.close)
             monitor = await connect(line, trace)
             if not daemon.found:
                 await _open_images(monitor, images)
