@@ -42,3 +42,20 @@ def test_the_example_reads_what_changed_and_leaves_only_the_checkpoint(
     assert done.stdout == f"vda {MIB}+{64 * KIB}\nvdb {3 * MIB + 64 * KIB}+{128 * KIB}\n"
     assert chain(qemu) == {"pullback-sunday": False, "pullback-monday^sunday": True}
     assert not leftovers(qemu, stage.scratch)
+
+
+def test_a_dry_run_of_an_incremental_backup_tells_its_export_and_changes_nothing(
+    tmp_path: Path, bare_qemu: Callable[..., BareQemu]
+) -> None:
+    """The checkpoint that the changes lead to is only planned."""
+    stage = Stage(tmp_path)
+    qemu = bare_qemu([stage.disk("vda"), stage.disk("vdb")], name="web", running=True)
+    assert stage.cli_backup(qemu).code == 0
+    before = chain(qemu)
+    done = stage.cli_backup(qemu, "--dry-run", "--freeze", "--agent", tmp_path / "nobody", "--json")
+    assert done.code == 0, done.out
+    told = [event["execute"] for event in done.events if event["event"] == "command"]
+    assert "block-export-add" in told
+    assert "stop" not in told
+    assert chain(qemu) == before
+    assert not leftovers(qemu, stage.scratch)
