@@ -286,7 +286,7 @@ def test_a_view_that_can_be_believed_lets_nobody_write_below_it(real: Real) -> N
     for one in (real, fake):
         one.run(snapshot(one.facts(), THIRD, ["vda"], directory=str(real.directory)))
         with pytest.raises((CommandFailed, QemuError), match=r"(?i)permission conflict"):
-            one.run(export_disks(one.facts(), THIRD, server, ["vda"], role="access"))
+            one.run(export_disks(one.facts(), THIRD, server, ["vda"], role="access", writable=True))
         one.run(remove_snapshots(one.facts(), {THIRD}))
     assert graph(real.facts()) == graph(fake.facts()) == CLEAN
 

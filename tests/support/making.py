@@ -109,8 +109,10 @@ def export_disks(
     role: str = "access",
     suffix: str = "",
     start_server: bool = True,
-    writable: bool = True,
+    writable: bool | None = None,
 ) -> Plan:
+    """Exports of a snapshot; by default those of a backup run's can be trimmed, those for others only read."""
+    writable = not snapshot_id.startswith(PUBLIC) if writable is None else writable
     parts = export_parts(facts, snapshot_id, targets, points=points, role=role, suffix=suffix)
     return start_export(facts, parts, server, start_server=start_server, writable=writable)
 
