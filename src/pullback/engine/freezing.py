@@ -16,7 +16,7 @@ from typing import Literal
 from pullback.engine.session import Session, uncancelled
 from pullback.engine.workdir import DEFAULT_BASE, work_directory
 from pullback.errors import CommandFailed, DomainError, Refused, UsageError
-from pullback.model.chain import is_checkpoint_name, read_chain
+from pullback.model.chain import bitmap_name, is_checkpoint_name, read_chain
 from pullback.model.facts import ON_CBW_ERROR, Disk, Facts
 from pullback.model.snapshots import PRIVATE, PUBLIC, Names, SnapshotMark, SnapshotState, fits, read_snapshots
 from pullback.plan.checkpoint import NodeChain, remove_checkpoints
@@ -105,10 +105,10 @@ def _check_names(facts: Facts, request: SnapshotRequest) -> None:
             f"{checkpoint!r} cannot name a checkpoint",
             todo="Use letters, digits and ._:+@-, beginning with one of the first two; at most 400.",
         )
+    taken = bitmap_name(checkpoint, None)
     for device in facts.devices:
         if device.root and any(
-            bitmap.name.removeprefix("pullback-").partition("^")[0] == checkpoint
-            for bitmap in facts.disk(device).bitmaps
+            bitmap.name == taken or bitmap.name.startswith(f"{taken}^") for bitmap in facts.disk(device).bitmaps
         ):
             raise UsageError(f"there is a checkpoint {checkpoint} already on {device.target}", todo="Use another name.")
 
