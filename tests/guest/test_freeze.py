@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -295,13 +296,16 @@ def test_an_agent_that_falls_silent(
 
 def test_a_late_answer_to_the_freeze_is_not_taken_for_the_thaws(lab_dir: Path) -> None:
     """What an earlier command is answered late is passed over."""
-    late = [{"return": 2}, {"return": "something"}]
+    late = [{"return": 2}, REFUSES]
 
     async def talk() -> int:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            while line := await reader.readline():
+            for number in itertools.count():
+                if not (line := await reader.readline()):
+                    break
                 request = json.loads(line.rpartition(b"\xff")[2])
-                replies = [*late, {"return": request["arguments"]["id"]}] if "arguments" in request else [{"return": 7}]
+                answer = request["arguments"]["id"] if "arguments" in request else 7
+                replies = [*(late if number == 1 else []), {"return": answer}]
                 writer.writelines(json.dumps(reply).encode() + b"\n" for reply in replies)
             writer.close()
 
