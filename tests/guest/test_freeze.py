@@ -44,11 +44,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Vm, Stage]
 
 
 @pytest.fixture
-def talking(world: tuple[Vm, Stage]) -> Iterator[None]:
-    """The agent in the guest runs."""
+def talking(world: tuple[Vm, Stage], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The agent in the guest runs, and answers; on a busy machine that takes it some time."""
+    monkeypatch.setattr(agent_module, "_SYNC_TIMEOUT", 30.0)
+
+    async def hello() -> None:
+        agent = await agent_module.connect_agent(str(world[0].agent_path))
+        await agent.close()
+
     job = world[0].start_background("start-agent")
-    yield
-    job.stop()
+    try:
+        asyncio.run(hello())
+        yield
+    finally:
+        job.stop()
 
 
 def command(vm: Vm, stage: Stage, *words: str | Path) -> Done:
