@@ -24,6 +24,7 @@ from lab.disks import DiskSpec
 from lab.processes import run, wait_for
 from lab.qemu import BareQemu
 from lab.vm import Vm
+from pullback.errors import DomainUnreachable
 from pullback.qemu import agent as agent_module
 from pullback.qemu.monitor import Monitor
 from tests.support.api import inside, state_of
@@ -48,13 +49,17 @@ def talking(world: tuple[Vm, Stage], monkeypatch: pytest.MonkeyPatch) -> Iterato
     """The agent in the guest runs, and answers; on a busy machine that takes it some time."""
     monkeypatch.setattr(agent_module, "_SYNC_TIMEOUT", 30.0)
 
-    async def hello() -> None:
-        agent = await agent_module.connect_agent(str(world[0].agent_path))
+    async def hello() -> bool:
+        try:
+            agent = await agent_module.connect_agent(str(world[0].agent_path))
+        except DomainUnreachable:  # QEMU hangs up while nobody inside has the port open
+            return False
         await agent.close()
+        return True
 
     job = world[0].start_background("start-agent")
     try:
-        asyncio.run(hello())
+        wait_for(lambda: asyncio.run(hello()), "the agent in the guest", timeout=30)
         yield
     finally:
         job.stop()
