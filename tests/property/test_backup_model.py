@@ -161,7 +161,7 @@ class Model:
 @pytest.mark.timeout(int(SECONDS * 4) + 120)
 def test_random_lives(lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "SETTLE", 0.0)
-    monkeypatch.setattr("pullback.engine.domain.DEFAULT_BASE", str(lab_dir / "sockets"))
+    monkeypatch.setattr("pullback.engine.backup.DEFAULT_BASE", str(lab_dir / "sockets"))
     (lab_dir / "sockets").mkdir()
     end = time.monotonic() + SECONDS
     seed = SEED

@@ -185,7 +185,7 @@ async def _carry_out(
             await session.run(prepare_snapshot(parts))
         except CommandFailed as error:
             raise Refused(
-                f"QEMU cannot make a scratch image in {Path(parts[0].scratch_path).parent}: {error.desc}",
+                f"QEMU cannot make a scratch image in {request.scratch or DEFAULT_BASE}: {error.desc}",
                 means="Nothing was frozen.",
                 todo="Name a directory that QEMU's user can write to with --scratch.",
             ) from error
