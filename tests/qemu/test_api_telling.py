@@ -90,5 +90,13 @@ def test_documents(lab_dir: Path, bare_qemu: Start) -> None:
     assert dirty_map(one["uri"], "one") == {3}
     shown = etree.fromstring(api.attempt("domain", "show", "--xml").out.encode())
     assert {disk.get("name") for disk in shown.iter("disk")} == {"vda", "vdb"}
+    (frozen,) = shown.iter("domainblocksnapshot")
+    assert [frozen.findtext(tag) for tag in ("name", "checkpoint")] == ["s", "two"]
+    assert [disk.get("name") for disk in frozen.iter("disk")] == ["vda"]
+    (offered,) = shown.iter("domainblockexport")
+    assert offered.find("address").get("path") == f"{lab_dir}/nbd"
+    (shared,) = offered.iter("disk")
+    assert [shared.get(key) for key in ("name", "exportname", "snapshot", "readonly")] == ["vda", "it", "s", "yes"]
+    assert shared.get("checkpoint") == "one"
     api.do("snapshot", "delete", "s")
     assert api.clean() == []

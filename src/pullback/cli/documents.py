@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pullback.documents import values as documents
 from pullback.documents.printing import print_domain
 from pullback.documents.reading import parse_export, parse_snapshot
 from pullback.documents.values import (
@@ -13,12 +15,16 @@ from pullback.documents.values import (
     CheckpointDocument,
     DiskDocument,
     DomainDocument,
+    ExportDisk,
+    ExportDocument,
     IpAddress,
+    SnapshotDisk,
+    SnapshotDocument,
 )
 from pullback.engine.exporting import ExportRequest
 from pullback.engine.freezing import SnapshotRequest
 from pullback.errors import UsageError
-from pullback.nbd.address import Address, TcpAddress, UnixAddress
+from pullback.nbd.address import Address, TcpAddress, UnixAddress, parse_uri
 
 if TYPE_CHECKING:
     from pullback.engine.freezing import Freeze
@@ -81,7 +87,7 @@ def export_request(path: Path, tls: str | None, insecure: bool) -> tuple[str | N
 
 
 def domain_xml(view: DomainView) -> str:
-    """A domain's disks with their checkpoints, as ``domain show --xml`` prints them."""
+    """A domain's disks with their checkpoints, its snapshots and exports, as ``domain show --xml`` prints them."""
     disks = tuple(
         DiskDocument(
             disk.target,
@@ -95,4 +101,32 @@ def domain_xml(view: DomainView) -> str:
         )
         for disk in view.disks
     )
-    return print_domain(DomainDocument(view.name, view.uuid, disks))
+    snapshots = tuple(
+        SnapshotDocument(
+            tuple(SnapshotDisk(target) for target in snapshot.disks),
+            snapshot.name,
+            snapshot.checkpoint,
+            int(datetime.fromisoformat(snapshot.time).timestamp()),
+        )
+        for snapshot in view.snapshots
+    )
+    return print_domain(DomainDocument(view.name, view.uuid, disks, snapshots, _export_documents(view)))
+
+
+def _export_documents(view: DomainView) -> tuple[ExportDocument, ...]:
+    """The exports, a document for each place where a server of ours listens."""
+    names = {snapshot.id: snapshot.name for snapshot in view.snapshots}
+    places: dict[IpAddress | documents.UnixAddress, list[ExportDisk]] = {}
+    for export in view.exports:
+        if not export.uri:
+            continue
+        found = parse_uri(export.uri)
+        place: IpAddress | documents.UnixAddress
+        if isinstance(found.address, TcpAddress):
+            place = IpAddress(found.address.host, found.address.port, found.tls)
+        else:
+            place = documents.UnixAddress(found.address.path, found.tls)
+        snapshot = names.get(export.snapshot or "", export.snapshot)
+        disk = ExportDisk(export.disk, export.name, snapshot, export.checkpoints, read_only=export.snapshot is not None)
+        places.setdefault(place, []).append(disk)
+    return tuple(ExportDocument(place, tuple(disks)) for place, disks in places.items())

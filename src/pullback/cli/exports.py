@@ -142,6 +142,7 @@ def _json(export: Export) -> dict[str, Any]:
     return {
         "id": export.id,
         "name": export.name,
+        "disk": export.disk,
         "snapshot": export.snapshot,
         "uri": export.uri,
         "checkpoints": list(export.checkpoints),

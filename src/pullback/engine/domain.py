@@ -29,7 +29,7 @@ from pullback.model.chain import Chain, Unknown, read_chain
 from pullback.model.facts import Disk, Facts
 from pullback.model.snapshots import SnapshotPart, current_server, read_snapshots
 from pullback.plan.checkpoint import NodeChain, remove_broken, remove_checkpoints
-from pullback.plan.cleanup import remove_snapshots, stale_snapshots, stop_exports
+from pullback.plan.cleanup import clearable, remove_snapshots, stale_snapshots, stop_exports
 from pullback.plan.export import idle_server
 from pullback.plan.probe import clear_probe, end_probe, start_probe
 from pullback.plan.selection import select_disks
@@ -155,7 +155,9 @@ class Domain:
         With a newer snapshot of the same disk its filter stays, doing nothing, until that one is deleted too.
         """
         self._session.announce("delete_snapshot", name=snapshot.name)
-        await uncancelled(self.end_snapshot(snapshot.id))
+        facts = await self.facts()
+        # What a dead client left on its filter would be in the way.
+        await uncancelled(self._session.run(remove_snapshots(facts, {snapshot.id} | stale_snapshots(facts))))
 
     async def end_snapshot(self, snapshot_id: str) -> None:
         """Take a snapshot out of QEMU by its id; harmless when it is gone already."""
@@ -254,7 +256,7 @@ class Domain:
     async def _clear_stale(self) -> tuple[str, ...]:
         facts = await self.facts()
         stale = stale_snapshots(facts)
-        cleared = [f"snapshot {snapshot}, which nobody uses" for snapshot in sorted(stale)]
+        cleared = [f"snapshot {snapshot}, which nobody uses" for snapshot in clearable(facts)]
         await uncancelled(self._session.run(remove_snapshots(facts, stale)))
         facts = await self.facts()
         if (server := current_server(facts)) is not None and idle_server(facts):

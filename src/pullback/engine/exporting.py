@@ -15,7 +15,15 @@ from pullback.engine.session import Session, uncancelled
 from pullback.errors import CommandFailed, DomainBusy, DomainError, Refused, UsageError
 from pullback.model.chain import Chain, Edge, Unknown, read_chain
 from pullback.model.facts import Disk, Facts
-from pullback.model.snapshots import WRITABLE, ExportState, Names, ServerMark, current_server, read_exports
+from pullback.model.snapshots import (
+    WRITABLE,
+    ExportState,
+    Names,
+    ServerMark,
+    current_server,
+    read_exports,
+    read_snapshots,
+)
 from pullback.nbd.address import Address, TcpAddress, UnixAddress
 from pullback.plan.cleanup import stop_exports
 from pullback.plan.export import ExportPart, disown_server, idle_server, need_server, start_export
@@ -62,11 +70,12 @@ class ExportRequest:
 class Export:
     """A disk that any NBD client can read at ``uri``; ``checkpoints`` are its contexts qemu:dirty-bitmap:NAME.
 
-    ``snapshot`` is the id of the snapshot it shows; None for a domain's own disk.
+    ``disk`` is its target, ``snapshot`` the id of the snapshot it shows; None for a domain's own disk.
     """
 
     id: str
     name: str
+    disk: str
     snapshot: str | None
     uri: str
     checkpoints: tuple[str, ...]
@@ -89,7 +98,16 @@ def exports_in(facts: Facts) -> tuple[Export, ...]:
 def _found(facts: Facts, state: ExportState) -> Export:
     server = state.server or current_server(facts)
     snapshot = None if state.snapshot.startswith(WRITABLE) else state.snapshot
-    return Export(state.id, state.name, snapshot, _uri(server, state.name), state.checkpoints)
+    return Export(state.id, state.name, _target(facts, state), snapshot, _uri(server, state.name), state.checkpoints)
+
+
+def _target(facts: Facts, state: ExportState) -> str:
+    """The disk that an export shows: as its snapshot's mark says, or whose own node it is."""
+    names = Names(state.snapshot, state.number)
+    parts = (part for snapshot in read_snapshots(facts) for part in snapshot.parts)
+    frozen = next((part.target for part in parts if part.names == names), "")
+    own = (device.target for device in facts.devices if device.root and facts.disk(device).node == state.node)
+    return frozen or next(own, "")
 
 
 def _server(request: ExportRequest, running: ServerMark | None) -> ServerMark:
@@ -277,6 +295,7 @@ async def _start(
         Export(
             part.id,
             part.name,
+            part.target,
             None if part.names.snapshot.startswith(WRITABLE) else part.names.snapshot,
             _uri(server, part.name),
             tuple(name for name, _ in part.since),

@@ -10,7 +10,7 @@ from pullback.engine.exporting import Export, exports_in
 from pullback.engine.freezing import snapshots_in
 from pullback.model.chain import read_chain
 from pullback.model.facts import ID_PREFIX, Device, Facts
-from pullback.plan.cleanup import stale_snapshots
+from pullback.plan.cleanup import clearable
 from pullback.plan.method import version_text
 
 _COST_INCONSISTENT = "the next backup reads the disk whole; pullback recover removes it"
@@ -124,5 +124,5 @@ async def look_at(domain: Domain) -> DomainView:
         disks=tuple(_disk(facts, device) for device in facts.devices if device.root),
         snapshots=tuple(snapshots),
         exports=exports_in(facts),
-        left_over=tuple(sorted(stale_snapshots(facts))),
+        left_over=tuple(clearable(facts)),
     )

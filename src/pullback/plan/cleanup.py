@@ -37,6 +37,14 @@ def stale_snapshots(facts: Facts) -> set[str]:
     return {state.id for state in read_snapshots(facts) if state.private or not state.whole}
 
 
+def clearable(facts: Facts) -> list[str]:
+    """Of the stale snapshots those that something can be done about now.
+
+    One that was given up below a live one waits, empty and passing everything through, until that one goes.
+    """
+    return sorted(snapshot for snapshot in stale_snapshots(facts) if remove_snapshots(facts, {snapshot}))
+
+
 @dataclass(frozen=True, slots=True)
 class _Leaving:
     """What becomes of filters: ``swaps`` take the topmost ones out; ``retired`` have to stay for now."""
