@@ -42,7 +42,8 @@ def test_a_disk_on_an_io_thread(lab_dir: Path, bare_qemu: Start, bus: str) -> No
         done = stage.cli_backup(qemu, "--json", "--trace")
         assert done.code == 0, done.err
         assert {disk["mode"] for disk in done.event("backup")["disks"]} == modes
-        assert ("block-export-add" in done.out) == exportable
+        sent = [event["command"] for event in done.events if event["event"] == "trace"]
+        assert ("block-export-add" in sent) == exportable
         same(stage.contents("latest"), state)
     api = Api(stage, qemu)
     api.snapshot("s")
