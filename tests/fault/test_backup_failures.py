@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lab.processes import LabError, wait_for
-from lab.qemu import BareQemu
+from lab.qemu import BareQemu, qemu_version
 from pullback.engine.events import Event, Frozen
 from pullback.engine.pull import Pull
 from pullback.errors import DomainError, DomainUnreachable, PullbackError, Refused, SnapshotBroken
@@ -154,7 +154,8 @@ def test_an_unwritable_scratch(lab_dir: Path, bare_qemu: Start) -> None:
 def test_a_scratch_that_qemu_may_not_enter(lab_dir: Path, bare_qemu: Start) -> None:
     stage = Stage(lab_dir)
     stage.scratch.chmod(0o700)
-    qemu = bare_qemu([stage.disk("vda", MIB)], running=True, extra_args=["-runas", "nobody"])
+    as_nobody = ["-run-with", "user=nobody"] if qemu_version() >= (9, 1, 0) else ["-runas", "nobody"]
+    qemu = bare_qemu([stage.disk("vda", MIB)], running=True, extra_args=as_nobody)
     wait_for(lambda: "65534" in Path(f"/proc/{qemu.pid}/status").read_text(), "QEMU to be nobody")
     done = stage.cli_backup(qemu)
     assert done.code == 5
