@@ -47,7 +47,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Vm, Stage]
 @pytest.fixture
 def talking(world: tuple[Vm, Stage], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The agent in the guest runs, and answers; on a busy machine that takes it some time."""
-    monkeypatch.setattr(agent_module, "_SYNC_TIMEOUT", 2.0)  # what is said before it listens is lost
+    monkeypatch.setattr(agent_module, "_SYNC_TIMEOUT", 5.0)  # what is said before it listens is lost
 
     async def hello() -> bool:
         try:
@@ -59,7 +59,7 @@ def talking(world: tuple[Vm, Stage], monkeypatch: pytest.MonkeyPatch) -> Iterato
 
     job = world[0].start_background("start-agent")
     try:
-        wait_for(lambda: asyncio.run(hello()), "the agent in the guest", timeout=30)
+        wait_for(lambda: asyncio.run(hello()), "the agent in the guest", timeout=150)
         monkeypatch.setattr(agent_module, "_SYNC_TIMEOUT", 30.0)
         yield
     finally:
