@@ -20,8 +20,8 @@ _HOMES = {
     "engine.restore": ("Restore", "RestoreRequest", "RestoreResult"),
     "nbd.address": ("TcpAddress", "UnixAddress", "parse_uri"),
     "nbd.blocking": ("NbdConnection",),
+    "repository.location": ("open_store",),
     "repository.repository": ("Repository",),
-    "repository.store": ("open_store",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -18,7 +18,7 @@ from pullback.nbd.address import TcpAddress as TcpAddress
 from pullback.nbd.address import UnixAddress as UnixAddress
 from pullback.nbd.address import parse_uri as parse_uri
 from pullback.nbd.blocking import NbdConnection as NbdConnection
+from pullback.repository.location import open_store as open_store
 from pullback.repository.repository import Repository as Repository
-from pullback.repository.store import open_store as open_store
 
 __version__: str

@@ -19,8 +19,9 @@ import pytest
 
 from pullback.errors import Damaged, RepositoryError, RepositoryUnsupported, UsageError
 from pullback.repository.local_store import LocalStore
+from pullback.repository.location import open_store
 from pullback.repository.object_store import ObjectStore
-from pullback.repository.store import FileKind, Store, open_store, relative_path
+from pullback.repository.store import FileKind, Store, relative_path
 
 
 def _local(path: Path) -> Store:
@@ -243,6 +244,7 @@ def test_a_failing_sync_is_a_failing_save(tmp_path: Path, monkeypatch: pytest.Mo
 _SAVER = """
 import hashlib, os, sys
 from pathlib import Path
+from pullback.repository.location import open_store
 from pullback.repository.local_store import LocalStore
 from pullback.repository.store import FileKind
 store = LocalStore(Path(sys.argv[1]))

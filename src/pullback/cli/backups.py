@@ -32,8 +32,8 @@ def init(
     json: opt.Json = False,
 ) -> None:
     """Make a new repository (restic format 2)."""
+    from pullback.repository.location import open_store
     from pullback.repository.repository import Repository
-    from pullback.repository.store import open_store
 
     where = opt.repository_options(repo, password_file, password_command, opt.load_config(config))
     if not where.location:

@@ -109,8 +109,8 @@ def repository_opener(options: RepositoryOptions) -> Callable[[], Repository]:
     survive_restic_probe()
 
     def open_it() -> Repository:
+        from pullback.repository.location import open_store
         from pullback.repository.repository import Repository
-        from pullback.repository.store import open_store
 
         return Repository.open(open_store(location), password)
 

@@ -14,16 +14,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
-from pathlib import Path
 from typing import Protocol, TypeAlias
-
-from pullback.errors import RepositoryUnsupported, UsageError
 
 # Anything that holds bytes one after the other.
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
 ID_NAME = re.compile(r"[0-9a-f]{64}")
-SCHEME = re.compile(r"([a-z][a-z0-9+]*):")
 
 
 class FileKind(StrEnum):
@@ -81,37 +77,3 @@ def buffers(data: Bytes | Sequence[Bytes]) -> list[memoryview]:
     """The pieces of what is to be stored, as flat views of bytes."""
     pieces = [data] if isinstance(data, (bytes, bytearray, memoryview)) else data
     return [memoryview(piece).cast("B") for piece in pieces]
-
-
-def open_store(location: str) -> Store:
-    """The store at `location`, in restic's notation.
-
-    A path, `local:PATH`, or `s3:http://HOST:PORT/BUCKET/PREFIX` (https:// too, and plain `s3:HOST/BUCKET/PREFIX`,
-    which is https).  Raises UsageError for an empty or malformed one, RepositoryUnsupported for another scheme.
-    Nothing is contacted or created.
-    """
-    if not location:
-        raise UsageError("No repository was named", todo="Name one with --repo or RESTIC_REPOSITORY.")
-    scheme = SCHEME.match(location)
-    if scheme is None:
-        return _local(location)
-    rest = location[scheme.end() :]
-    if scheme[1] == "local":
-        return _local(rest)
-    if scheme[1] == "s3":
-        from pullback.repository.object_store import open_s3
-
-        return open_s3(location, rest)
-    raise RepositoryUnsupported(
-        f"Repositories of the kind {scheme[1]!r} are not supported",
-        todo="Use a directory (PATH or local:PATH) or S3 (s3:https://HOST/BUCKET/PREFIX); "
-        f"a directory whose name starts with '{scheme[0]}' is written local:{location}.",
-    )
-
-
-def _local(path: str) -> Store:
-    from pullback.repository.local_store import LocalStore
-
-    if not path:
-        raise UsageError("The repository's path is empty")
-    return LocalStore(Path(path))
