@@ -12,7 +12,7 @@ from pullback.repository.blob import blob_id as hash_of
 from pullback.repository.crypto import Key, SealBroken
 from pullback.repository.documents import DAMAGE_MEANS, DAMAGE_TODO, damaged, load_document
 from pullback.repository.index import Index, IndexBroken, decode_index
-from pullback.repository.store import FileKind, Store
+from pullback.repository.store import Bytes, FileKind, Store
 
 # Neighbouring blobs are read in one go, gaps up to this thrown away: cheaper than another request to S3.
 MAX_GAP = 256 << 10
@@ -89,7 +89,7 @@ class BlobLoader:
             todo=DAMAGE_TODO,
         )
 
-    def open(self, blob: BlobId, place: BlobLocation, sealed: bytes | memoryview) -> bytes:
+    def open(self, blob: BlobId, place: BlobLocation, sealed: Bytes) -> bytes:
         """The plain bytes of a sealed blob; raises Damaged unless MAC, length and SHA-256 are right."""
         if place.uncompressed_length > MAX_BLOB:
             raise self._broken(blob, place, f"it claims {place.uncompressed_length} bytes")

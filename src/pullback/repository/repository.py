@@ -27,16 +27,16 @@ from pullback.errors import (
     UsageError,
     WrongPassword,
 )
-from pullback.repository.blob import BlobId, BlobKind, PackId
+from pullback.repository.blob import BlobId, BlobKind, BlobLocation, PackId
 from pullback.repository.crypto import Key, KeyFileInvalid, ScryptCost, SealBroken, make_key_file, open_key_file
 from pullback.repository.documents import damaged, load_document, save_document
 from pullback.repository.index import Index, encode_index
 from pullback.repository.loader import BlobLoader, load_index_files
 from pullback.repository.locks import RepositoryLock, current_account
-from pullback.repository.pack import PackedBlob
+from pullback.repository.pack import PackedBlob, parse_pack
 from pullback.repository.polynomial import random_polynomial
 from pullback.repository.snapshots import Snapshot, SnapshotBroken, decode_snapshot, encode_snapshot, find_snapshot
-from pullback.repository.store import FileKind, Store
+from pullback.repository.store import Bytes, FileKind, Store
 from pullback.repository.tree import Tree, TreeBroken, decode_tree, go_time
 from pullback.repository.writer import COMPRESSION_LEVEL, PackWriter, PendingIndex
 
@@ -148,6 +148,14 @@ class Repository:
         """Data blobs of one pack, verified, in the order they lie there, read in as few pieces as is sensible."""
         return self._loader.load_from_pack(pack, blobs)
 
+    def open_blob(self, blob: BlobId, place: BlobLocation, sealed: Bytes) -> bytes:
+        """The plain bytes of a blob sealed at this one place; raises Damaged, naming pack and blob."""
+        return self._loader.open(blob, place, sealed)
+
+    def packed_blobs(self, content: Bytes) -> list[PackedBlob]:
+        """What a whole pack file holds by its own header; raises PackBroken."""
+        return parse_pack(content, self._key)
+
     def load_tree(self, tree: BlobId) -> Tree:
         """A directory's nodes; raises Damaged."""
         try:
@@ -186,22 +194,36 @@ class Repository:
             self._lock.check()
         return save_document(self.store, self._key, self.version, FileKind.SNAPSHOTS, encode_snapshot(snapshot))
 
-    def snapshots(self, domain: str | None = None) -> list[Snapshot]:
-        """All backups, or those of one domain, the oldest first; raises Damaged for a broken snapshot file."""
+    def snapshots(self, domain: str | None = None, broken: Callable[[Damaged], None] | None = None) -> list[Snapshot]:
+        """All backups, or those of one domain, the oldest first.
+
+        A broken snapshot file is told to `broken` and passed over; raises Damaged where nobody is to be told.
+        """
         found = []
         for name, _ in self.store.list(FileKind.SNAPSHOTS):
             try:
-                document = load_document(self.store, self._key, FileKind.SNAPSHOTS, name)
-            except Damaged:
-                if self.store.exists(FileKind.SNAPSHOTS, name):
+                snapshot = self._load_snapshot(name)
+            except Damaged as error:
+                if broken is None:
                     raise
-                continue  # forgotten by somebody since it was listed
-            try:
-                found.append(decode_snapshot(document, name))
-            except SnapshotBroken as error:
-                raise damaged(FileKind.SNAPSHOTS, name, str(error)) from None
-        chosen = [snapshot for snapshot in found if domain is None or snapshot.hostname == domain]
-        return sorted(chosen, key=lambda snapshot: (snapshot.time, snapshot.id))
+                broken(error)
+                continue
+            if snapshot is not None and domain in (None, snapshot.hostname):
+                found.append(snapshot)
+        return sorted(found, key=lambda snapshot: (snapshot.time, snapshot.id))
+
+    def _load_snapshot(self, name: str) -> Snapshot | None:
+        """The snapshot in this file; None if somebody has forgotten it since it was listed."""
+        try:
+            document = load_document(self.store, self._key, FileKind.SNAPSHOTS, name)
+        except Damaged:
+            if self.store.exists(FileKind.SNAPSHOTS, name):
+                raise
+            return None
+        try:
+            return decode_snapshot(document, name)
+        except SnapshotBroken as error:
+            raise damaged(FileKind.SNAPSHOTS, name, str(error)) from None
 
     def find(self, spec: str) -> Snapshot:
         """The backup named by an id, a unique start of one, `latest` or `DOMAIN@latest`; raises BackupNotFound."""
