@@ -8,9 +8,7 @@ from pullback.engine.domain import Domain as Domain
 from pullback.engine.domain import DomainAddress as DomainAddress
 from pullback.engine.domain import open_domain as open_domain
 from pullback.engine.exporting import Export as Export
-from pullback.engine.exporting import ExportRequest as ExportRequest
 from pullback.engine.freezing import Snapshot as Snapshot
-from pullback.engine.freezing import SnapshotRequest as SnapshotRequest
 from pullback.engine.restore import Restore as Restore
 from pullback.engine.restore import RestoreRequest as RestoreRequest
 from pullback.engine.restore import RestoreResult as RestoreResult

@@ -13,8 +13,6 @@ import pytest
 
 from lab.qemu import BareQemu
 from pullback.engine.domain import Domain, DomainAddress, open_domain
-from pullback.engine.exporting import ExportRequest
-from pullback.engine.freezing import SnapshotRequest
 from pullback.nbd.address import UnixAddress
 from tests.support.api import Api, by_nbdcopy, difference, dirty_map, scribble, state_of
 from tests.support.dying import Point, after_sending, before_command, changes_something, hit_backup
@@ -85,7 +83,7 @@ def test_a_snapshot_s_maker_is_killed_anywhere(api: Api, method: Any) -> None:
     before = state_of(qemu)
 
     async def make(domain: Domain) -> None:
-        await domain.create_snapshot(SnapshotRequest("new", checkpoint="third", scratch=scratch, method=method))
+        await domain.create_snapshot(name="new", checkpoint="third", scratch=scratch, method=method)
 
     count = _commands(qemu, make)
     for point in [(before_command, after_sending)[number % 4 == 1](number) for number in range(1, count + 1, 2)]:
@@ -125,7 +123,7 @@ def test_an_exporter_is_killed_anywhere(api: Api) -> None:
 
     async def offer(domain: Domain) -> None:
         address = UnixAddress(str(api.stage.place / "first"))
-        await domain.start_export(await domain.find_snapshot("live"), ExportRequest(address, since=("first",)))
+        await domain.start_export(await domain.find_snapshot("live"), address=address, since=["first"])
 
     api.snapshot("live", "--checkpoint", "second")
     count = _commands(qemu, offer)
@@ -172,7 +170,7 @@ def test_a_deleter_is_killed_anywhere(api: Api) -> None:
     before = state_of(qemu)
 
     async def delete(domain: Domain) -> None:
-        await domain.delete_snapshot(await domain.find_snapshot("goes"))
+        await (await domain.find_snapshot("goes")).delete()
 
     api.snapshot("goes")
     count = _commands(qemu, delete)

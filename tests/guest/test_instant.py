@@ -21,8 +21,6 @@ import pytest
 from lab.vm import Vm
 from pullback.engine import freezing
 from pullback.engine.domain import Domain, DomainAddress, open_domain
-from pullback.engine.exporting import ExportRequest
-from pullback.engine.freezing import SnapshotRequest
 from pullback.nbd.address import UnixAddress
 from pullback.plan.command import Paused, Plan
 from pullback.plan.method import Method
@@ -101,12 +99,12 @@ async def points(vm: Vm, stage: Stage, method: Method, count: int) -> list[tuple
 
 
 async def _point(domain: Domain, stage: Stage, method: Method, name: str) -> tuple[int, int, float]:
-    snapshot = await domain.create_snapshot(SnapshotRequest(name, scratch=str(stage.scratch), method=method))
+    snapshot = await domain.create_snapshot(name=name, scratch=str(stage.scratch), method=method)
     try:
-        exports = await domain.start_export(snapshot, ExportRequest(UnixAddress(str(stage.place / "nbd"))))
+        exports = await domain.start_export(snapshot, address=UnixAddress(str(stage.place / "nbd")))
         odd, even = [await asyncio.to_thread(records, export.uri) for export in exports]
     finally:
-        await domain.delete_snapshot(snapshot)
+        await snapshot.delete()
     return max(*odd, *even), len(missing(odd, even)), snapshot.paused_seconds
 
 

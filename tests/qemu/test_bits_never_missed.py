@@ -17,8 +17,6 @@ import pytest
 from lab.qemu import BareQemu
 from pullback.engine import freezing
 from pullback.engine.domain import DomainAddress, open_domain
-from pullback.engine.exporting import ExportRequest
-from pullback.engine.freezing import SnapshotRequest
 from pullback.nbd.address import UnixAddress
 from pullback.plan.command import Plan
 from tests.support.api import BLOCK, by_nbdcopy, dirty_map
@@ -63,11 +61,11 @@ async def missed(qemu: BareQemu, stage: Stage, count: int) -> tuple[set[int], in
     before = b""
     async with open_domain(DomainAddress(socket=str(qemu.qmp_path))) as domain:
         for number in range(count):
-            request = SnapshotRequest(f"s{number}", checkpoint=f"c{number}", scratch=str(stage.scratch))
-            snapshot = await domain.create_snapshot(request)
-            since = (f"c{number - 1}",) if number else ()
+            scratch = str(stage.scratch)
+            snapshot = await domain.create_snapshot(name=f"s{number}", checkpoint=f"c{number}", scratch=scratch)
+            since = [f"c{number - 1}"] if number else []
             where = UnixAddress(str(stage.place / "nbd"))
-            (export,) = await domain.start_export(snapshot, ExportRequest(where, since=since))
+            (export,) = await domain.start_export(snapshot, address=where, since=since)
             now = await asyncio.to_thread(by_nbdcopy, export.uri)
             if before:
                 told = await asyncio.to_thread(dirty_map, export.uri, since[0])
@@ -77,7 +75,7 @@ async def missed(qemu: BareQemu, stage: Stage, count: int) -> tuple[set[int], in
                 differing += len(blocks)
                 lost |= blocks - told
             before = now
-            await domain.delete_snapshot(snapshot)
+            await snapshot.delete()
             if lost:
                 break
     return lost, differing

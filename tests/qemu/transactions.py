@@ -18,7 +18,8 @@ from typing import Any
 from lab import images
 from lab.disks import DiskSpec
 from lab.qemu import BareQemu
-from pullback import Domain, DomainAddress, ExportRequest, Snapshot, SnapshotRequest, UnixAddress, open_domain
+from pullback import Domain, DomainAddress, Snapshot, UnixAddress, open_domain
+from pullback.engine.freezing import SnapshotRequest
 from pullback.plan.method import Method
 
 PAGE = Path(__file__).parents[2] / "docs" / "transactions.md"
@@ -108,14 +109,17 @@ class Story:
 
     async def create(self, domain: Domain, name: str, **more: Any) -> Snapshot:
         request = {"checkpoint": name, "scratch": self._scratch, "method": self._method, **more}
-        snapshot = await domain.create_snapshot(SnapshotRequest(name=name, **request))
+        # A backup run's own is one that no other caller can ask for.
+        own = "private" in more
+        made = domain.freeze(SnapshotRequest(name, **request)) if own else domain.create_snapshot(name=name, **request)
+        snapshot = await made
         self.record.named(snapshot)
         self.record.chains()
         return snapshot
 
     async def export(self, domain: Domain, snapshot: Snapshot, since: str) -> None:
         place = UnixAddress(str(self.qemu.directory / "nbd"))
-        await domain.start_export(snapshot, ExportRequest(place, since=(since,)))
+        await domain.start_export(snapshot, address=place, since=[since])
 
     async def delete_checkpoint(self, domain: Domain, name: str) -> None:
         await domain.delete_checkpoint(name)
@@ -129,14 +133,14 @@ async def filters(story: Story) -> None:
         await story.write("vda", MIB)
         b = await story.create(domain, "B")
         await story.export(domain, b, "A")
-        await domain.delete_snapshot(a)
-        await domain.delete_snapshot(b)
+        await a.delete()
+        await b.delete()
         await story.write("vdb", 2 * MIB)
         c = await story.create(domain, "C")
-        await domain.delete_snapshot(c)
+        await c.delete()
         await story.delete_checkpoint(domain, "B")
         d = await story.create(domain, "D")
-        await domain.delete_snapshot(d)
+        await d.delete()
         await story.delete_checkpoint(domain, "A")
         await story.delete_checkpoint(domain, "D")
         await story.create(domain, "E", private=True, checkpoint=None, disks=("vda",))
@@ -153,8 +157,8 @@ async def jobs(story: Story) -> None:
         await story.write("vda", MIB)
         b = await story.create(domain, "B")
         await story.export(domain, b, "A")
-        await domain.delete_snapshot(a)
-        await domain.delete_snapshot(b)
+        await a.delete()
+        await b.delete()
 
 
 STORIES: Mapping[Method, Callable[[Story], Any]] = {"filter": filters, "job": jobs}

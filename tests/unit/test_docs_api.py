@@ -95,7 +95,7 @@ def test_the_public_api_is_documented_with_its_signatures() -> None:
     [
         ("| `stop_exports(exports: Collection[Export]) -> None` |", "| `stop_export(export: Export) -> None` |"),
         ("| `find_snapshot(name: str)", "| `find_snapshot(title: str)"),
-        ("| `freeze: Freeze = 'no'` | ask", "| `freeze: Freeze = 'try'` | ask"),
+        ("| `freeze: Freeze = 'no'` | as", "| `freeze: Freeze = 'try'` | as"),
         ("| `most: int` |", "| `least: int` |"),
         ("## parse_uri", "## read_uri"),
         ("`parse_uri(text: str) ->", "`parse_uri(uri: str) ->"),

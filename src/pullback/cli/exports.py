@@ -85,9 +85,7 @@ def start(
 
 
 async def _offer(domain: Domain, snapshot: str | None, request: ExportRequest) -> tuple[Export, ...]:
-    if snapshot is None:
-        return await domain.start_writable_export(request.disks, request)
-    return await domain.start_export(await domain.find_snapshot(snapshot), request)
+    return await domain.offer(await domain.find_snapshot(snapshot) if snapshot is not None else None, request)
 
 
 def _request(

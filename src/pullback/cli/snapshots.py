@@ -63,7 +63,7 @@ def create(
         )
 
     async def make(opened: Domain) -> Snapshot:
-        return await opened.create_snapshot(request)
+        return await opened.freeze(request)
 
     made = on.run(make)
     if not dry_run:
@@ -142,7 +142,7 @@ def delete(
     on = OnDomain(domain, config, json=json, trace=trace, dry_run=dry_run)
 
     async def remove(opened: Domain) -> None:
-        await opened.delete_snapshot(await opened.find_snapshot(name))
+        await (await opened.find_snapshot(name)).delete()
 
     on.run(remove)
     if not dry_run:

@@ -106,7 +106,7 @@ async def plan_backup(
         await domain.clear_stale()
         prepared = await _prepare(domain, repository, request, emit)
         _tell(prepared, emit)
-        snapshot = await domain.create_snapshot(_snapshot_request(request, prepared))
+        snapshot = await domain.freeze(_snapshot_request(request, prepared))
         facts = prepared.facts
         if choose_transport(facts, prepared.selection.disks) == "push":
             emit(Note("QEMU would push the disks into a server of ours."))
@@ -114,7 +114,7 @@ async def plan_backup(
         running = current_server(facts)
         address = UnixAddress(running.place if running else f"{DEFAULT_BASE}/nbd")
         request_export = _export_request(prepared, snapshot, address, saved=facts.version < FROZEN_VIEW_EXACT)
-        await domain.start_export(snapshot, request_export)
+        await domain.offer(snapshot, request_export)
 
 
 @asynccontextmanager
@@ -241,7 +241,7 @@ async def _transfer(domain: Domain, prepared: Prepared, snapshot: Snapshot, stor
             running = current_server(facts)
             address = UnixAddress(running.place if running else socket)
             try:
-                await domain.start_export(snapshot, _export_request(prepared, snapshot, address, saved=not exact))
+                await domain.offer(snapshot, _export_request(prepared, snapshot, address, saved=not exact))
             except DomainBusy:
                 emit(Note("Another program uses QEMU's NBD server: having the disks pushed instead."))
             else:

@@ -2,11 +2,11 @@
 """The public API: a domain, its checkpoints, and the snapshots and exports made of it.
 
     async with open_domain(DomainAddress(socket="/run/qemu/web.qmp")) as domain:
-        snapshot = await domain.create_snapshot("nightly", checkpoint="monday")
-        exports = await domain.start_export(snapshot, since=["sunday"])
-        …                                       any NBD client pulls exports[n].uri
-        await domain.stop_exports(exports)
-        await domain.delete_snapshot(snapshot)
+        snapshot = await domain.create_snapshot(["vda"], checkpoint="monday")
+        (export,) = await domain.start_export(snapshot, since=["sunday"], address=UnixAddress("/run/web-nbd"))
+        …                                       any NBD client pulls export.uri
+        await export.stop()
+        await snapshot.delete()
 
 Nothing is kept outside QEMU: snapshots and exports outlive this process, and are found again by name.  Every operation
 observes, plans, executes.  What fails in between is cleared by observing again and planning the way back, so the
@@ -20,17 +20,36 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from pullback.engine.exporting import Export, ExportRequest, exports_in, start_snapshot_export, start_writable_export
-from pullback.engine.freezing import Snapshot, SnapshotRequest, freeze_disks, snapshots_in, take_back
+from pullback.engine.exporting import (
+    Export,
+    ExportRequest,
+    Since,
+    end_exports,
+    exports_in,
+    since_given,
+    start_snapshot_export,
+    start_writable_export,
+)
+from pullback.engine.freezing import Freeze, Snapshot, SnapshotRequest, freeze_disks, snapshots_in, take_back
 from pullback.engine.offline import parse_images
-from pullback.engine.session import Session, Tell, open_offline_session, open_session, uncancelled
+from pullback.engine.session import (
+    Session,
+    Tell,
+    bind,
+    open_offline_session,
+    open_session,
+    still_open,
+    uncancelled,
+)
 from pullback.errors import UsageError
 from pullback.model.chain import Chain, Unknown, read_chain
 from pullback.model.facts import Disk, Facts
 from pullback.model.snapshots import SnapshotPart, current_server, read_snapshots
+from pullback.nbd.address import Address
 from pullback.plan.checkpoint import NodeChain, remove_broken, remove_checkpoints
 from pullback.plan.cleanup import clearable, remove_snapshots, stale_snapshots, stop_exports
 from pullback.plan.export import idle_server
+from pullback.plan.method import Method
 from pullback.plan.probe import clear_probe, end_probe, start_probe
 from pullback.plan.selection import select_disks
 from pullback.qemu.monitor import Trace
@@ -87,18 +106,18 @@ class Domain:
 
     @property
     def session(self) -> Session:
-        """The session with QEMU that this domain is reached by."""
-        return self._session
+        """The session with QEMU that this domain is reached by; UsageError when it has ended."""
+        return still_open(self._session)
 
     # -- what there is --------------------------------------------------------------------------------------------
 
     async def facts(self) -> Facts:
         """The domain as it is now."""
-        return await self._session.observe()
+        return await self.session.observe()
 
     def name_of(self, facts: Facts) -> str:
         """What the domain is called: as the caller said, as QEMU says, or after the socket or image."""
-        return self._address.name or facts.name or self._session.default_name
+        return self._address.name or facts.name or self.session.default_name
 
     async def disks(self) -> tuple[Disk, ...]:
         """The disks that can be backed up: writable, with a medium."""
@@ -110,7 +129,7 @@ class Domain:
 
     async def snapshots(self) -> tuple[Snapshot, ...]:
         """The snapshots that can be read, oldest first."""
-        return snapshots_in(await self.facts())
+        return tuple(bind(one, self.session) for one in snapshots_in(await self.facts()))
 
     async def find_snapshot(self, name: str) -> Snapshot:
         """The snapshot called ``name``; UsageError, with those there are, when there is none."""
@@ -123,7 +142,7 @@ class Domain:
 
     async def exports(self) -> tuple[Export, ...]:
         """The exports of ours."""
-        return exports_in(await self.facts())
+        return tuple(bind(one, self.session) for one in exports_in(await self.facts()))
 
     async def changes(self, since: str) -> tuple[Changes, ...]:
         """For each disk how much changed since a checkpoint, or why that is not known."""
@@ -140,38 +159,45 @@ class Domain:
 
     # -- snapshots ------------------------------------------------------------------------------------------------
 
-    async def create_snapshot(self, request: SnapshotRequest) -> Snapshot:
+    async def create_snapshot(
+        self,
+        disks: Sequence[str] = (),
+        *,
+        name: str = "",
+        checkpoint: str | None = None,
+        freeze: bool | Freeze = False,
+        scratch: str | None = None,
+        scratch_files: Mapping[str, str] | None = None,
+        method: Method | None = None,
+    ) -> Snapshot:
         """Freeze disks at one instant; the snapshot lives until it is deleted or QEMU ends.
 
+        All disks if none is named.  ``freeze`` as in :class:`SnapshotRequest`; True is "try".
         UsageError for names that are taken or impossible; Refused when it could harm the domain; CommandFailed when
         QEMU cannot do it.  After any failure nothing of it is left, and no checkpoint.
         """
-        self._session.announce("create_snapshot", name=request.name, checkpoint=request.checkpoint)
-        return await freeze_disks(self._session, request, self._address.agent)
+        mode: Freeze = freeze if isinstance(freeze, str) else "try" if freeze else "no"
+        files = scratch_files or {}
+        return await self.freeze(SnapshotRequest(name, names_of(disks), checkpoint, mode, scratch, files, method))
 
-    async def delete_snapshot(self, snapshot: Snapshot) -> None:
-        """Delete a snapshot and its exports; its checkpoint stays.
-
-        With a newer snapshot of the same disk its filter stays, doing nothing, until that one is deleted too.
-        """
-        self._session.announce("delete_snapshot", name=snapshot.name)
-        facts = await self.facts()
-        # What a dead client left on its filter would be in the way.
-        await uncancelled(self._session.run(remove_snapshots(facts, {snapshot.id} | stale_snapshots(facts))))
+    async def freeze(self, request: SnapshotRequest) -> Snapshot:
+        """The same for a request, which may also be of a snapshot that ends with its maker."""
+        self.session.announce("create_snapshot", name=request.name, checkpoint=request.checkpoint)
+        return bind(await freeze_disks(self.session, request, self._address.agent), self.session)
 
     async def end_snapshot(self, snapshot_id: str) -> None:
         """Take a snapshot out of QEMU by its id; harmless when it is gone already."""
-        await self._session.run(remove_snapshots(await self.facts(), {snapshot_id}))
+        await self.session.run(remove_snapshots(await self.facts(), {snapshot_id}))
 
     @asynccontextmanager
     async def temporary_snapshot(self, request: SnapshotRequest) -> AsyncIterator[Snapshot]:
         """A snapshot while the block runs.  When the block fails, its checkpoint is taken back."""
-        snapshot = await self.create_snapshot(request)
+        snapshot = await self.freeze(request)
         try:
             yield snapshot
         except BaseException:
             kept = None if snapshot.keep_checkpoint else request.checkpoint
-            await uncancelled(take_back(self._session, snapshot.id, kept))
+            await uncancelled(take_back(self.session, snapshot.id, kept))
             raise
         await uncancelled(self.end_snapshot(snapshot.id))
 
@@ -181,43 +207,76 @@ class Domain:
         states = read_snapshots(facts)
         parts = [part for state in states if state.id == snapshot.id for part in state.parts if part.viewed]
         for part in parts:
-            await self._session.run(clear_probe(facts, part))
+            await self.session.run(clear_probe(facts, part))
         return tuple([part.target for part in parts if await uncancelled(self._probe(part))])
 
     async def _probe(self, part: SnapshotPart) -> bool:
-        await self._session.run(start_probe(part))
+        await self.session.run(start_probe(part))
         while True:
-            job = (await self._session.jobs())[part.names.id("probe")]
+            job = (await self.session.jobs())[part.names.id("probe")]
             concluded = job.status == "concluded"
             if concluded or job.done > 0:
-                await self._session.run(end_probe(part, concluded))
+                await self.session.run(end_probe(part, concluded))
                 return bool(job.error)
             await asyncio.sleep(_LOOK_EVERY)
 
     # -- exports --------------------------------------------------------------------------------------------------
 
-    async def start_export(self, snapshot: Snapshot, request: ExportRequest) -> tuple[Export, ...]:
+    async def start_export(
+        self,
+        snapshot: Snapshot,
+        disks: Sequence[str] = (),
+        *,
+        address: Address,
+        since: Since | Mapping[str, Since] | None = None,
+        names: Mapping[str, str] | None = None,
+        tls: str | None = None,
+        insecure: bool = False,
+        writable: bool = False,
+    ) -> tuple[Export, ...]:
         """Offer a snapshot's disks over NBD, with the changed blocks since checkpoints.
 
+        All its disks if none is named; the rest as in :class:`ExportRequest`.
         Refused for changes that are not known (each with the reason), and where an export could end QEMU;
         DomainBusy when another program uses QEMU's one NBD server.  After a failure nothing is exported.
         """
-        self._session.announce("start_export", snapshot=snapshot.name, since=request.since)
-        return await start_snapshot_export(self._session, snapshot, request)
+        targets, named = names_of(disks), names or {}
+        request = ExportRequest(
+            address, targets, since_given(since), named, tls=tls, insecure=insecure, writable=writable
+        )
+        return await self.offer(snapshot, request)
 
-    async def start_writable_export(self, disks: Sequence[str], request: ExportRequest) -> tuple[Export, ...]:
+    async def start_writable_export(
+        self,
+        disks: Sequence[str] = (),
+        *,
+        address: Address,
+        names: Mapping[str, str] | None = None,
+        tls: str | None = None,
+        insecure: bool = False,
+    ) -> tuple[Export, ...]:
         """Offer a domain's own disks for writing: of a stopped domain, or of one that waits for a migration.
 
         Refused, with what to do, when QEMU does not allow it because the domain uses the disk.
         """
-        self._session.announce("start_writable_export", disks=list(disks))
-        return await start_writable_export(self._session, disks, request)
+        return await self.offer(
+            None, ExportRequest(address, names_of(disks), names=names or {}, tls=tls, insecure=insecure)
+        )
+
+    async def offer(self, snapshot: Snapshot | None, request: ExportRequest) -> tuple[Export, ...]:
+        """The same for a request; without a snapshot it is of the domain's own disks."""
+        if snapshot is None:
+            self.session.announce("start_writable_export", disks=list(request.disks))
+            exports = await start_writable_export(self.session, request)
+        else:
+            self.session.announce("start_export", snapshot=snapshot.name, since=request.since)
+            exports = await start_snapshot_export(self.session, snapshot, request)
+        return tuple(bind(export, self.session) for export in exports)
 
     async def stop_exports(self, exports: Collection[Export]) -> None:
-        """End exports, whoever is connected; the last one ends the NBD server."""
-        self._session.announce("stop_exports", exports=[export.name for export in exports])
-        plan = stop_exports(await self.facts(), {export.id for export in exports})
-        await uncancelled(self._session.run(plan))
+        """End several exports in one plan, whoever is connected; the last one ends the NBD server."""
+        self.session.announce("stop_exports", exports=[export.name for export in exports])
+        await end_exports(self.session, exports)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -226,7 +285,7 @@ class Domain:
 
         UsageError when no disk has it.
         """
-        self._session.announce("delete_checkpoint", name=name)
+        self.session.announce("delete_checkpoint", name=name)
         chains = chains_of(await self.facts())
         if not any(name in disk.chain.points for disk in chains):
             there = ", ".join(dict.fromkeys(point for disk in chains for point in disk.chain.points)) or "none"
@@ -236,12 +295,12 @@ class Domain:
     async def remove_checkpoints(self, names: Collection[str]) -> None:
         """Merge checkpoints away, on all disks in one transaction; ones that are not there are ignored."""
         chains = chains_of(await self.facts())
-        await self._session.run(remove_checkpoints([(disk, names) for disk in chains]))
+        await self.session.run(remove_checkpoints([(disk, names) for disk in chains]))
 
     async def prune(self, choose: Callable[[NodeChain], Collection[str]]) -> None:
         """Merge away the checkpoints that ``choose`` names for each disk, and remove bitmaps that are of no use."""
         chains = chains_of(await self.facts())
-        await self._session.run(remove_checkpoints([(disk, choose(disk)) for disk in chains]) + remove_broken(chains))
+        await self.session.run(remove_checkpoints([(disk, choose(disk)) for disk in chains]) + remove_broken(chains))
 
     # -- after a crash --------------------------------------------------------------------------------------------
 
@@ -250,18 +309,18 @@ class Domain:
 
         What is live stays: snapshots that can be read, and their exports.  What was cleared, in words.
         """
-        self._session.announce("clear_stale")
+        self.session.announce("clear_stale")
         return await self._clear_stale()
 
     async def _clear_stale(self) -> tuple[str, ...]:
         facts = await self.facts()
         stale = stale_snapshots(facts)
         cleared = [f"snapshot {snapshot}, which nobody uses" for snapshot in clearable(facts)]
-        await uncancelled(self._session.run(remove_snapshots(facts, stale)))
+        await uncancelled(self.session.run(remove_snapshots(facts, stale)))
         facts = await self.facts()
         if (server := current_server(facts)) is not None and idle_server(facts):
             cleared.append(f"the NBD server at {server.place}, which serves nobody")
-            await uncancelled(self._session.run(stop_exports(facts, ())))
+            await uncancelled(self.session.run(stop_exports(facts, ())))
         return tuple(cleared)
 
     async def recover(self) -> tuple[str, ...]:
@@ -269,7 +328,7 @@ class Domain:
 
         What is live stays: snapshots that can be read, their exports, the chain.  What was cleared, in words.
         """
-        self._session.announce("recover")
+        self.session.announce("recover")
         cleared = list(await self._clear_stale())
         facts = await self.facts()
         chains = chains_of(facts)
@@ -280,8 +339,15 @@ class Domain:
                 for bitmap, _ in disk.chain.broken
                 if bitmap.inconsistent
             ]
-        await uncancelled(self._session.run(remove_broken(chains)))
+        await uncancelled(self.session.run(remove_broken(chains)))
         return tuple(cleared)
+
+
+def names_of(disks: Sequence[str]) -> tuple[str, ...]:
+    """The disks that a caller names; UsageError for one bare name, which is a sequence of letters."""
+    if isinstance(disks, str):
+        raise UsageError(f"disks is {disks!r}, and no list of names", todo=f"Write [{disks!r}].")
+    return tuple(disks)
 
 
 def chains_of(facts: Facts) -> list[NodeChain]:
@@ -323,4 +389,7 @@ async def open_domain(
     else:
         session = open_session(address.socket, name=address.name, tell=tell, trace=trace)
     async with session as opened:
-        yield Domain(opened, address)
+        try:
+            yield Domain(opened, address)
+        finally:
+            opened.ended = True

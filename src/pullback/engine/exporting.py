@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from pullback.engine.freezing import Snapshot
-from pullback.engine.session import Session, uncancelled
+from pullback.engine.session import Bound, Session, session_of, uncancelled
 from pullback.errors import CommandFailed, DomainBusy, DomainError, Refused, UsageError
 from pullback.model.chain import Chain, Edge, Unknown, read_chain
 from pullback.model.facts import Disk, Facts
@@ -37,7 +37,22 @@ _LONGEST_NAME = 4096
 
 
 #: Checkpoints from which changes are offered: these, or all that the disk has.
-Since = tuple[str, ...] | Literal["all"]
+Since = Sequence[str] | Literal["all"]
+
+
+def since_given(since: Since | Mapping[str, Since] | None) -> Since | Mapping[str, Since]:
+    """What a caller says of checkpoints, made sure of; UsageError for one bare name, which is a sequence of letters."""
+    if isinstance(since, Mapping):
+        return {target: _points_given(one) for target, one in since.items()}
+    return () if since is None else _points_given(since)
+
+
+def _points_given(since: Since) -> Since:
+    if not isinstance(since, str):
+        return tuple(since)
+    if since != "all":
+        raise UsageError(f"since is {since!r}, and no list of checkpoints", todo=f'Write [{since!r}], or "all".')
+    return "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +82,7 @@ class ExportRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Export:
+class Export(Bound):
     """A disk that any NBD client can read at ``uri``; ``checkpoints`` are its contexts qemu:dirty-bitmap:NAME.
 
     ``disk`` is its target, ``snapshot`` the id of the snapshot it shows; None for a domain's own disk.
@@ -79,6 +94,21 @@ class Export:
     snapshot: str | None
     uri: str
     checkpoints: tuple[str, ...]
+
+    async def stop(self) -> None:
+        """End it, whoever is connected; the last one ends the NBD server.  Harmless when it is gone.
+
+        UsageError after the end of the session that it came from.
+        """
+        session = session_of(self)
+        session.announce("export.stop", name=self.name)
+        await end_exports(session, (self,))
+
+
+async def end_exports(session: Session, exports: Collection[Export]) -> None:
+    """End exports in one plan, whoever is connected; the last one ends the NBD server."""
+    plan = stop_exports(await session.observe(), {export.id for export in exports})
+    await uncancelled(session.run(plan))
 
 
 def _uri(server: ServerMark | None, name: str) -> str:
@@ -242,10 +272,10 @@ def _edges(snapshot: Snapshot, disk: Disk, chain: Chain, since: str, planned: bo
     return edges[: points.index(snapshot.checkpoint)]
 
 
-async def start_writable_export(session: Session, targets: Sequence[str], request: ExportRequest) -> tuple[Export, ...]:
+async def start_writable_export(session: Session, request: ExportRequest) -> tuple[Export, ...]:
     """Offer a domain's own disks for writing.  After a failure nothing is exported."""
     facts = await session.observe()
-    disks = select_disks(facts, targets).disks
+    disks = select_disks(facts, request.disks).disks
     _check_named(request, [disk.target for disk in disks])
     refuse_export(facts, disks)
     owner = WRITABLE + secrets.token_hex(4)

@@ -13,14 +13,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pullback.engine.session import Session, uncancelled
+from pullback.engine.session import Bound, Session, session_of, uncancelled
 from pullback.engine.workdir import DEFAULT_BASE, work_directory
 from pullback.errors import CommandFailed, DomainError, Refused, UsageError
 from pullback.model.chain import bitmap_name, is_checkpoint_name, read_chain
 from pullback.model.facts import ON_CBW_ERROR, Disk, Facts
 from pullback.model.snapshots import PRIVATE, PUBLIC, Names, SnapshotMark, SnapshotState, fits, read_snapshots
 from pullback.plan.checkpoint import NodeChain, remove_checkpoints
-from pullback.plan.cleanup import remove_snapshots
+from pullback.plan.cleanup import remove_snapshots, stale_snapshots
 from pullback.plan.command import Plan
 from pullback.plan.freeze import FreezePart, freeze, open_access, prepare_snapshot
 from pullback.plan.method import FROZEN_VIEW_EXACT, Method, choose_method
@@ -51,7 +51,7 @@ class SnapshotRequest:
 
 
 @dataclass(slots=True)
-class Snapshot:
+class Snapshot(Bound):
     """Frozen disks; ``targets`` in the order of their numbers, ``checkpoint`` the one made at the instant.
 
     ``time`` is the instant (of a snapshot found again: when it was asked for).  ``paused_seconds`` is for how long the
@@ -72,6 +72,18 @@ class Snapshot:
     def names(self, target: str) -> Names:
         """The names of everything that belongs to one of its disks."""
         return Names(self.id, self.targets.index(target))
+
+    async def delete(self) -> None:
+        """Delete it and its exports; its checkpoint stays.  Harmless when it is gone.
+
+        With a newer snapshot of the same disk its filter stays, doing nothing, until that one is deleted too.
+        UsageError after the end of the session that it came from.
+        """
+        session = session_of(self)
+        session.announce("snapshot.delete", name=self.name)
+        facts = await session.observe()
+        # What a dead client left on its filter would be in the way.
+        await uncancelled(session.run(remove_snapshots(facts, {self.id} | stale_snapshots(facts))))
 
 
 def snapshots_in(facts: Facts) -> tuple[Snapshot, ...]:

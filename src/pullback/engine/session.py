@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pullback.engine.domain_lock import domain_lock, lock_directory, qemu_identity
 from pullback.engine.offline import OfflineDaemon, daemon_place
-from pullback.errors import CommandFailed, DomainError, Refused
+from pullback.errors import CommandFailed, DomainError, Refused, UsageError
 from pullback.model.facts import Facts
 from pullback.model.snapshots import read_exports, read_snapshots
 from pullback.plan.command import Plan
@@ -50,6 +51,8 @@ class Session:
         self._daemon = daemon
         self._tell = tell
         self._trace = trace
+        #: Whether the block that it was opened for is left.
+        self.ended = False
 
     @property
     def dry(self) -> bool:
@@ -107,6 +110,46 @@ class Session:
             await monitor.close()
             self._monitor = await connect(dial(monitor.path), self._trace)
             self._resources.push_async_callback(self._monitor.close)
+
+
+class Bound:
+    """A value with methods of its own, which work in the session that it came from.
+
+    The session is no field: it is not compared, printed, or taken along by a copy or ``dataclasses.asdict``.
+    """
+
+    __slots__ = ("_session",)
+
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        return None, {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+
+BoundT = TypeVar("BoundT", bound=Bound)
+
+
+def bind(value: BoundT, session: Session) -> BoundT:
+    """The same value, whose methods work in ``session`` from here on."""
+    object.__setattr__(value, "_session", session)
+    return value
+
+
+def session_of(value: Bound) -> Session:
+    """The session that a value came from; UsageError when that has ended, or it is a copy that came from none."""
+    session: Session | None = getattr(value, "_session", None)
+    if session is None:
+        raise UsageError("this object is a copy, and belongs to no session", todo="Use the one that a Domain returned.")
+    return still_open(session)
+
+
+def still_open(session: Session) -> Session:
+    """The session, unless it has ended: UsageError then."""
+    if session.ended:
+        raise UsageError(
+            "the session with this domain has ended",
+            means="Nothing was done; what was left in the domain is still there.",
+            todo="Open the domain again: its snapshots and exports are found again by name.",
+        )
+    return session
 
 
 async def uncancelled(work: Coroutine[Any, Any, T]) -> T:
