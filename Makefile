@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-.PHONY: help setup demo test test-new-qemu lint clean
+.PHONY: help setup setup-tests demo test test-new-qemu lint clean
 
 help:
 	@echo 'make setup   install what is missing, make .venv (Debian 12 or newer, root or sudo)'
@@ -16,11 +16,15 @@ setup:
 demo: setup
 	@.venv/bin/python -m demo
 
+# The S3 server of the tests is installed for them only: 61 MB of packages.
+setup-tests:
+	@scripts/setup --tests
+
 # An idle worker takes tests from the other one: guests, the slow tests, boot on both cores at once.
-test: setup
+test: setup-tests
 	@.venv/bin/python -m pytest -n 2 --dist worksteal --color=no $(ARGS)
 
-test-new-qemu: setup
+test-new-qemu: setup-tests
 	@bin=$$(scripts/newer-qemu) && PATH="$$bin:$$PATH" \
 		.venv/bin/python -m pytest -n 2 --dist worksteal --color=no $(ARGS)
 

@@ -16,6 +16,7 @@ import pytest
 
 from lab.processes import LabTimeout, wait_for
 from lab.qemu import PROGRAM, BareQemu, qemu_version, short_directory
+from lab.s3 import S3Address, shared_s3
 from lab.vm import Vm
 
 MARK = "PULLBACK_TEST_SESSION"
@@ -85,3 +86,14 @@ def guest_vm() -> Iterator[Callable[..., Vm]]:
             return stack.enter_context(Vm(*arguments, **keywords))
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Address]:
+    """A real S3 server, one for all workers of this run; it starts, in some 10 s, when the first test asks for it."""
+    base = tmp_path_factory.getbasetemp()
+    place = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    # It may outlive the worker that started it, though never the last one: shared_s3 waits for its end.
+    environment = {name: value for name, value in os.environ.items() if name != MARK}
+    with shared_s3(place / "s3", environment) as address:
+        yield address

@@ -17,6 +17,7 @@ from pathlib import Path
 import obstore.store
 import pytest
 
+from lab.s3 import S3Address
 from pullback.errors import Damaged, RepositoryError, RepositoryUnsupported, UsageError
 from pullback.repository.local_store import LocalStore
 from pullback.repository.location import open_store
@@ -32,14 +33,29 @@ def _memory(path: Path) -> Store:
     return ObjectStore(obstore.store.MemoryStore(), "memory")
 
 
+def _real_s3(s3: S3Address, monkeypatch: pytest.MonkeyPatch) -> Store:
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    return open_store(f"s3:{s3.endpoint}/{s3.make_bucket()}/some/where")
+
+
 def _directory(path: Path) -> Store:
     return ObjectStore(obstore.store.LocalStore(path / "objects", mkdir=True), "objects")
 
 
-@pytest.fixture(params=[_local, _memory, _directory], ids=["local", "obstore-memory", "obstore-directory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    make: Callable[[Path], Store] = request.param
-    made = make(tmp_path)
+_KINDS: dict[str, Callable[[Path], Store]] = {
+    "local": _local,
+    "obstore-memory": _memory,
+    "obstore-directory": _directory,
+}
+
+
+@pytest.fixture(params=[*_KINDS, "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    if request.param == "s3":
+        made = _real_s3(request.getfixturevalue("s3"), monkeypatch)
+    else:
+        made = _KINDS[request.param](tmp_path)
     made.create()
     return made
 
