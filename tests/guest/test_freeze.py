@@ -28,7 +28,7 @@ from pullback.errors import DomainUnreachable
 from pullback.qemu import agent as agent_module
 from pullback.qemu.monitor import Monitor
 from tests.support.api import inside, state_of
-from tests.support.product import MIB, Done, Stage
+from tests.support.product import MIB, Done, Stage, leftovers
 
 WRITER = "n=0; while :; do n=$((n + 1)); echo $n >/mnt/a/n; echo $n >/mnt/b/n; echo $n >/run/n; done"
 
@@ -112,6 +112,10 @@ def snapshot_needs_recovery(vm: Vm, stage: Stage, *options: str) -> tuple[dict[s
         run(["nbdcopy", uri, copy])
         found.append(needs_recovery(copy))
         copy.unlink()
+    # Another process finds it again, and how consistent it is.
+    shown = inside(["domain", "show", domain, "--json"], stage.environment()).event("domain")["snapshots"]
+    listed = inside(["snapshot", "list", domain, "--json"], stage.environment()).event("snapshots")["snapshots"]
+    assert [one["consistency"] for one in (*shown, *listed)] == [made.event("snapshot")["consistency"]] * 2
     assert inside(["snapshot", "delete", domain, "point"], stage.environment()).code == 0
     return made.event("snapshot"), found
 
@@ -288,6 +292,26 @@ def test_what_cannot_be_frozen_is_crash_consistent_and_paused(
         made = inside(["snapshot", "create", *words, "--freeze", "one"], stage.environment()).event("snapshot")
     assert (made["consistency"], made["frozen_ms"]) == ("crash", 0)
     assert made["paused_ms"] > 0  # two disks that nobody froze
+
+
+@pytest.mark.parametrize("method", ["filter", "job"])
+def test_whoever_finds_a_snapshot_knows_that_it_was_frozen(
+    bare_qemu: Callable[..., BareQemu], tmp_path: Path, lab_dir: Path, method: str
+) -> None:
+    stage = Stage(tmp_path)
+    qemu = bare_qemu([stage.disk("vda"), stage.disk("vdb")], running=True)
+    domain, place = f"qmp:{qemu.qmp_path}", lab_dir / "agent"
+    words = ["--scratch", str(stage.scratch), "--method", method]
+    with FakeAgent(place):
+        create = ["snapshot", "create", domain, "one", "--freeze", "--agent", str(place), *words]
+        assert inside(create, stage.environment()).code == 0
+    assert inside(["snapshot", "create", domain, "two", *words], stage.environment()).code == 0
+    listed = inside(["snapshot", "list", domain, "--json"], stage.environment()).event("snapshots")["snapshots"]
+    assert {one["name"]: one["consistency"] for one in listed} == {"one": "frozen", "two": "crash"}
+    assert "file systems frozen" in inside(["domain", "show", domain], stage.environment()).out
+    for name in ("one", "two"):
+        assert inside(["snapshot", "delete", domain, name], stage.environment()).code == 0
+    assert leftovers(qemu, stage.scratch) == []
 
 
 @pytest.mark.parametrize("silent", ["guest_fsfreeze_freeze", "guest_fsfreeze_thaw"])

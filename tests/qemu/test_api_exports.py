@@ -161,6 +161,34 @@ def test_changes_are_lent_to_one_export_at_a_time(api: Api) -> None:
     assert dirty_map(api.export("own", *again)["again"], "one") == {1, 2}
 
 
+def test_each_export_of_a_view_tells_its_own_changes(api: Api) -> None:
+    """The frozen view has the maps of all of them, and no query tells whose each is."""
+    first = api.export("own", "-d", "vda", "--since", "one")
+    second = api.export("own", "-d", "vda", "--since", "two", "--export-name", "vda=b")
+    third = api.export("own", "-d", "vda", "--export-name", "vda=c")
+    uris = first | second | third
+    for listed in (api.do("export", "list")["exports"], api.show()["exports"]):
+        told = {one["name"]: set(one["checkpoints"]) for one in listed}
+        assert told == {"vda": {"one"}, "b": {"two"}, "c": set()}
+        assert told == {name: contexts(uri) for name, uri in uris.items()}
+
+
+def test_long_names_of_many_checkpoints_are_told_again(api: Api) -> None:
+    """They stand in the export's id."""
+    points = [f"{number}{'x' * 399}" for number in range(4)]
+    for point in points:
+        api.snapshot("short", "--checkpoint", point)
+        api.do("snapshot", "delete", "short")
+    api.snapshot("long", "--checkpoint", "last")
+    api.export("long", "-d", "vda", "--all-checkpoints")
+    (found,) = api.do("export", "list")["exports"]
+    assert found["checkpoints"][-4:] == points
+    assert set(found["checkpoints"]) == contexts(found["uri"])
+    api.do("snapshot", "delete", "long")
+    for point in (*points, "last"):
+        api.do("checkpoint", "delete", point)
+
+
 NAMES = ["a b", "é,ü", 'quote"', "}'{", "new\nline", "?x#y%41&", "/slash/", "-", "\\"]
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pullback.model.chain import NAME_MAX, read_chain
 from pullback.model.facts import Export, Facts, Job, Node
 from pullback.model.snapshots import (
+    FROZEN_MARK,
     Names,
     ServerMark,
     SnapshotMark,
@@ -19,6 +20,7 @@ from pullback.model.snapshots import (
     filter_stack,
     fits,
     foreign_exports,
+    frozen_mark,
     is_mark,
     owner_of,
     read_exports,
@@ -26,8 +28,9 @@ from pullback.model.snapshots import (
     server_mark,
     snapshot_mark,
 )
+from pullback.plan.freeze import mark_frozen
 from tests.support.fake_qemu import FakeQemu
-from tests.support.making import SERVER, TLS, export_disks, export_own_disks, probe, push, snapshot
+from tests.support.making import SERVER, TLS, export_disks, export_own_disks, freeze_parts, probe, push, snapshot
 from tests.support.values import bitmap, device, facts, mark, node
 
 PRIVATE, PUBLIC = "b00000001", "s00000002"
@@ -96,6 +99,25 @@ def test_a_mark_that_an_image_brought_along_is_none(made: SnapshotMark | ServerM
     assert snapshot_mark(seen) is None
     assert server_mark(seen) is None
     assert current_server(facts(nodes=[node("node-vda", bitmaps=seen.bitmaps)])) is None
+
+
+def test_frozen_is_what_every_scratch_says_and_no_image():
+    qemu = FakeQemu("vda", "vdb")
+    qemu.run(snapshot(qemu.facts(), PUBLIC))
+
+    def frozen() -> bool:
+        return read_snapshots(qemu.facts())[0].frozen
+
+    assert not frozen()
+    parts = freeze_parts(qemu.facts(), PUBLIC, (), "/var/tmp", "", None)
+    qemu.run(mark_frozen(parts), upto=1)
+    assert not frozen()
+    qemu.run(mark_frozen(parts[1:]))
+    assert frozen()
+    assert is_mark(FROZEN_MARK)
+    assert frozen_mark(marked(FROZEN_MARK))
+    assert not frozen_mark(marked(FROZEN_MARK, persistent=True))
+    assert read_chain(marked(FROZEN_MARK).bitmaps).broken == ()
 
 
 def test_marks_are_no_edges_of_a_chain():
@@ -226,11 +248,12 @@ def test_filters_of_a_device_topmost_first():
 # Exports
 
 
-@given(texts)
-def test_an_export_of_any_name_comes_back(name: str):
-    made = Names(PUBLIC, 7).export(name)
+@given(texts, st.lists(texts, max_size=4))
+def test_an_export_of_any_name_comes_back(name: str, points: list[str]):
+    made = Names(PUBLIC, 7).export(name, points)
     (state,) = read_exports(facts(exports=[Export(made, "node-vda", "nbd")]))
     assert (state.id, state.snapshot, state.number, state.name) == (made, PUBLIC, 7, name)
+    assert state.checkpoints == tuple(points)
     assert owner_of(made) == PUBLIC
 
 
@@ -253,6 +276,21 @@ def test_exports_tell_where_and_since_when():
     assert found[PRIVATE, "vda"].checkpoints == ("A", "B")
     assert found[PUBLIC, "vda-2"].checkpoints == ()
     assert found[PUBLIC, "vda-2"].node == f"pb-{PUBLIC}-0-view"
+
+
+def test_exports_of_one_view_tell_each_its_own_changes():
+    qemu = FakeQemu("vda")
+    qemu.run(snapshot(qemu.facts(), PUBLIC, checkpoint="A"))
+    for number, points in enumerate((["A"], [], ["B"])):
+        if points == ["B"]:
+            qemu.run(snapshot(qemu.facts(), PRIVATE, checkpoint="B"))
+        more = {"role": "view", "suffix": str(number), "start_server": number == 0}
+        qemu.run(export_disks(qemu.facts(), PUBLIC, points=points, **more))
+    assert {one.name: one.checkpoints for one in read_exports(qemu.facts())} == {
+        "vda0": ("A",),
+        "vda1": (),
+        "vda2": ("B",),
+    }
 
 
 def test_exports_of_own_disks_belong_to_no_snapshot():

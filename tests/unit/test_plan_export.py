@@ -191,7 +191,7 @@ def test_changes_are_gathered_on_the_view_from_the_disks_own_edges():
     }
     assert arguments(made, "block-export-add") == [
         {
-            "id": f"pullback-{PUBLIC}-0-x766461",
+            "id": f"pullback-{PUBLIC}-0-x766461-c41-c43",
             "type": "nbd",
             "node-name": f"pb-{PUBLIC}-0-access",
             "name": "vda",

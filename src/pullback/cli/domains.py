@@ -99,7 +99,8 @@ def _view_lines(view: DomainView) -> list[str]:
         lines += [f"    {name}: another program's bitmap, left alone" for name in disk.foreign]
     for snapshot in view.snapshots:
         point = f", checkpoint {snapshot.checkpoint}" if snapshot.checkpoint else ""
-        lines.append(f"snapshot {snapshot.name}: {snapshot.time}{point}, disks {', '.join(snapshot.disks)}")
+        frozen = ", file systems frozen" if snapshot.consistency == "frozen" else ""
+        lines.append(f"snapshot {snapshot.name}: {snapshot.time}{point}, disks {', '.join(snapshot.disks)}{frozen}")
         lines += [f"    {target} is broken: {snapshot.why_broken}" for target in snapshot.broken]
     for export in view.exports:
         since = f", changes since {', '.join(export.checkpoints)}" if export.checkpoints else ""

@@ -77,13 +77,13 @@ def _json(snapshot: Snapshot) -> dict[str, Any]:
         "time": snapshot.time.isoformat(),
         "checkpoint": snapshot.checkpoint,
         "disks": list(snapshot.targets),
+        "consistency": snapshot.consistency,
     }
 
 
 def _how(snapshot: Snapshot) -> dict[str, Any]:
     """What only its maker knows: QEMU keeps none of it."""
     return {
-        "consistency": snapshot.consistency,
         "paused_ms": round(snapshot.paused_seconds * 1000, 1),
         "frozen_ms": round(snapshot.frozen_seconds * 1000, 1),
     }
@@ -119,13 +119,16 @@ def list_snapshots(
             f"{one.time:%Y-%m-%d %H:%M:%S}",
             one.checkpoint or "-",
             ",".join(one.targets),
+            one.consistency,
             f"broken: {','.join(broken)}" if broken else "readable",
         )
         for one, broken in snapshots
     ]
     on.reporter.answer(
         {"event": "snapshots", "snapshots": [{**_json(one), "broken": list(broken)} for one, broken in snapshots]},
-        table(("SNAPSHOT", "TIME (UTC)", "CHECKPOINT", "DISKS", "STATE"), rows) if rows else ["no snapshots"],
+        table(("SNAPSHOT", "TIME (UTC)", "CHECKPOINT", "DISKS", "CONSISTENCY", "STATE"), rows)
+        if rows
+        else ["no snapshots"],
     )
 
 

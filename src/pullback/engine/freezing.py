@@ -22,7 +22,7 @@ from pullback.model.snapshots import PRIVATE, PUBLIC, Names, SnapshotMark, Snaps
 from pullback.plan.checkpoint import NodeChain, remove_checkpoints
 from pullback.plan.cleanup import remove_snapshots, stale_snapshots
 from pullback.plan.command import Plan
-from pullback.plan.freeze import FreezePart, freeze, open_access, prepare_snapshot
+from pullback.plan.freeze import FreezePart, freeze, mark_frozen, open_access, prepare_snapshot
 from pullback.plan.method import FROZEN_VIEW_EXACT, Method, choose_method
 from pullback.plan.selection import select_disks
 from pullback.plan.view import open_view
@@ -98,6 +98,7 @@ def _found(state: SnapshotState) -> Snapshot:
         targets=tuple(part.target for part in sorted(state.parts, key=lambda part: part.names.number)),
         checkpoint=state.checkpoint,
         time=datetime.fromisoformat(state.time),
+        consistency="frozen" if state.frozen else "crash",
     )
 
 
@@ -207,7 +208,9 @@ async def _carry_out(
         known = ON_CBW_ERROR in facts.features
         return freeze(parts, tracked, snapshot.checkpoint, method, running=running, break_snapshot=known)
 
-    if agent is None or not await _freeze_inside(session, request, snapshot, agent, plan(running=False)):
+    if agent is not None and await _freeze_inside(session, request, snapshot, agent, plan(running=False)):
+        await session.run(mark_frozen(parts))
+    else:
         running = facts.running and not (session.dry and request.freeze != "no")
         snapshot.paused_seconds = await session.run(plan(running=running))
     snapshot.time = datetime.now(UTC)

@@ -54,15 +54,16 @@ class DiskView:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotView:
-    """A snapshot; ``broken`` are the disks of it that cannot be read any more."""
+    """A snapshot; ``broken`` are the disks of it that cannot be read any more, ``why_broken`` is None without any."""
 
     id: str
     name: str
     time: str
     checkpoint: str | None
     disks: tuple[str, ...]
+    consistency: str
     broken: tuple[str, ...]
-    why_broken: str = _WHY_BROKEN
+    why_broken: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,9 @@ async def look_at(domain: Domain) -> DomainView:
                 snapshot.time.isoformat(),
                 snapshot.checkpoint,
                 snapshot.targets,
+                snapshot.consistency,
                 broken,
+                _WHY_BROKEN if broken else None,
             )
         )
     return DomainView(

@@ -3,7 +3,7 @@
 
     node    pb-<id>-<number>-scratch | filter | access      one of each per disk of a snapshot, and perhaps readers
     job     pullback-<id>-<number>                          where the job method made the filter
-    export  pullback-<id>-<number>-x<export name in hex>
+    export  pullback-<id>-<number>-x<export name in hex>    and -c<checkpoint in hex> for each context that it shows
 
 ``id`` is a letter for who holds it and 8 hex digits; ``number`` counts the disks.  What does not fit a node's name (31
 bytes) stands in *marks*: dirty bitmaps that record nothing, whose names (up to 1023 bytes) are short JSON texts.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +36,14 @@ READER_ROLES = ("target", "probe", *VIEW_ROLES)
 FROZEN_VIEW_EXACT = (8, 0, 0)
 
 _NODE = re.compile(re.escape(NODE_PREFIX) + r"([a-z][0-9a-f]{8})-(\d+)-([a-z]+)")
-_ID = re.compile(re.escape(ID_PREFIX) + r"([a-z][0-9a-f]{8})-(\d+)(?:-(create|push|probe|saved|x([0-9a-f]*)))?")
+_ID = re.compile(
+    re.escape(ID_PREFIX) + r"([a-z][0-9a-f]{8})-(\d+)(?:-(create|push|probe|saved|x([0-9a-f]*)((?:-c[0-9a-f]*)*)))?"
+)
 
 _SNAPSHOT_MARK = "pullback-snapshot:"
 _SERVER_MARK = "pullback-nbd-server:"
+#: On the scratch nodes of a snapshot that was made while the guest's file systems were frozen.
+FROZEN_MARK = "pullback-frozen:[]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +121,14 @@ def server_mark(node: Node) -> ServerMark | None:
     return None
 
 
+def frozen_mark(node: Node) -> bool:
+    """Whether a node says that the file systems were frozen; one that an image brought along does not."""
+    return any(bitmap.name == FROZEN_MARK and not bitmap.persistent for bitmap in node.bitmaps)
+
+
 def is_mark(name: str) -> bool:
     """Whether a bitmap of this name is a mark and no map of changes."""
-    return name.startswith((_SNAPSHOT_MARK, _SERVER_MARK))
+    return name == FROZEN_MARK or name.startswith((_SNAPSHOT_MARK, _SERVER_MARK))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +146,12 @@ class Names:
         """A job of it."""
         return f"{ID_PREFIX}{self.snapshot}-{self.number}" + (f"-{role}" if role else "")
 
-    def export(self, name: str) -> str:
-        """The export of it called ``name``."""
-        return self.id(f"x{name.encode().hex()}")
+    def export(self, name: str, checkpoints: Iterable[str] = ()) -> str:
+        """The export of it called ``name``, which shows what changed since these checkpoints.
+
+        No query tells which bitmaps an export shows, and a frozen view may have several exports.
+        """
+        return self.id("-".join([f"x{name.encode().hex()}", *(f"c{point.encode().hex()}" for point in checkpoints)]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +187,7 @@ class SnapshotPart:
 
 @dataclass(frozen=True, slots=True)
 class ExportState:
-    """An export of ours; ``checkpoints`` are the changed-block contexts its frozen view has."""
+    """An export of ours; ``checkpoints`` are the changed-block contexts that it shows."""
 
     id: str
     snapshot: str
@@ -225,6 +237,11 @@ class SnapshotState:
         mark = self._mark()
         return mark.checkpoint if mark else None
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the guest's file systems were frozen at its instant."""
+        return bool(self.parts) and all(part.scratch is not None and frozen_mark(part.scratch) for part in self.parts)
+
 
 def _parts(facts: Facts) -> dict[tuple[str, int], dict[str, Any]]:
     found: dict[tuple[str, int], dict[str, Any]] = {}
@@ -269,13 +286,14 @@ def read_exports(facts: Facts) -> tuple[ExportState, ...]:
         if match is None or match[4] is None:
             continue
         node = facts.nodes.get(export.node)
-        # Changes that an earlier export offered stay on the view; those offered now are in use.
-        bitmaps = tuple(bitmap.name for bitmap in node.bitmaps if bitmap.busy) if node else ()
-        name = bytes.fromhex(match[4]).decode(errors="replace") if len(match[4]) % 2 == 0 else match[4]
-        contexts = () if match[1].startswith(WRITABLE) else bitmaps
+        contexts = tuple(_text(piece) for piece in match[5].split("-c")[1:])
         server = server_mark(node) if node else None
-        found.append(ExportState(export.id, match[1], int(match[2]), name, export.node, server, contexts))
+        found.append(ExportState(export.id, match[1], int(match[2]), _text(match[4]), export.node, server, contexts))
     return tuple(found)
+
+
+def _text(digits: str) -> str:
+    return bytes.fromhex(digits).decode(errors="replace") if len(digits) % 2 == 0 else digits
 
 
 def owner_of(export_or_job: str) -> str | None:

@@ -38,7 +38,7 @@ class ExportPart:
 
     @property
     def id(self) -> str:
-        return self.names.export(self.name)
+        return self.names.export(self.name, [checkpoint for checkpoint, _ in self.since])
 
 
 def _gather(part: ExportPart, checkpoint: str, edges: Sequence[Edge]) -> Step:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pullback.model.facts import Disk
-from pullback.model.snapshots import Names, SnapshotMark
+from pullback.model.snapshots import FROZEN_MARK, Names, SnapshotMark
 from pullback.plan.checkpoint import NodeChain, recording_actions, start_recording, stop_actions, stop_recording
 from pullback.plan.command import JobConcluded, Paused, Plan, Step, transaction
 from pullback.plan.method import Method
@@ -61,6 +61,13 @@ def add_mark(node: str, name: str, why: str) -> Step:
         "block-dirty-bitmap-add",
         {"node": node, "name": name, "disabled": True, "persistent": False, "granularity": MARK_GRANULARITY},
         why,
+    )
+
+
+def mark_frozen(parts: Sequence[FreezePart]) -> Plan:
+    """Write down that the guest's file systems were frozen; before the frozen views make the snapshot whole."""
+    return Plan(
+        tuple(add_mark(part.scratch, FROZEN_MARK, "write down that the file systems were frozen") for part in parts)
     )
 
 
