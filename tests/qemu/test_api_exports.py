@@ -173,6 +173,23 @@ def test_each_export_of_a_view_tells_its_own_changes(api: Api) -> None:
         assert told == {name: contexts(uri) for name, uri in uris.items()}
 
 
+def test_trims_of_a_snapshot_are_refused_before_8_0(api: Api) -> None:
+    before = state_of(api.qemu)
+    words = ("export", "start", "--snapshot", "own", "-d", "vda", "--writable", "--socket", api.stage.place / "nbd")
+    if qemu_version() < (8, 0, 0):
+        api.refused(5, "before QEMU 8.0 one that others read is offered read-only", *words)
+        assert state_of(api.qemu) == before
+        return
+    done = api.attempt(*words)
+    assert done.code == 0, done.err
+    where = parse_uri(done.out.strip())
+    with NbdConnection.connect(where.address, where.export) as connection:
+        connection.trim(BLOCK, BLOCK)
+        assert connection.read(0, BLOCK) == b"\x11" * BLOCK
+        with pytest.raises(TransferError):
+            connection.read(BLOCK, BLOCK)
+
+
 def test_long_names_of_many_checkpoints_are_told_again(api: Api) -> None:
     """They stand in the export's id."""
     points = [f"{number}{'x' * 399}" for number in range(4)]

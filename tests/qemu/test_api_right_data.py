@@ -68,6 +68,7 @@ def test_a_full_scratch_breaks_the_snapshot_and_not_the_domain(lab_dir: Path, ba
         api.do("snapshot", "create", "s", "--scratch", small)
         uris = api.export("s")
         assert [one["broken"] for one in api.do("snapshot", "list")["snapshots"]] == [[]]
+        assert api.show()["snapshots"][0]["why_broken"] is None
         for start in range(0, SIZE, 256 * KIB):
             qemu.device_write("vda", start, 256 * KIB, 0x77)
         assert set(reference(qemu, "vda")) == {0x77}
@@ -76,6 +77,7 @@ def test_a_full_scratch_breaks_the_snapshot_and_not_the_domain(lab_dir: Path, ba
         assert by_nbdcopy(uris["vdb"]) == frozen
         (snapshot,) = api.do("snapshot", "list")["snapshots"]
         assert snapshot["broken"] == ["vda"]
+        assert "could not be saved" in api.show()["snapshots"][0]["why_broken"]
         said = api.attempt("domain", "show").out
         assert "vda is broken: its old data could not be saved" in said
         assert "vdb is broken" not in said

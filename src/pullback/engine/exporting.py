@@ -205,6 +205,7 @@ async def start_snapshot_export(session: Session, snapshot: Snapshot, request: E
         )
         for disk in disks
     ]
+    _refuse_trims(request, parts)
     if request.saved:
         parts += [_saved(part) for part in parts]
     return await _start(session, facts, parts, request, writable=request.writable)
@@ -225,6 +226,16 @@ def _view(facts: Facts, snapshot: Snapshot, target: str, direct: bool) -> str:
     names = snapshot.names(target)
     believable = names.node("view")
     return believable if believable in facts.nodes and not direct else names.node("access")
+
+
+def _refuse_trims(request: ExportRequest, parts: Sequence[ExportPart]) -> None:
+    """The nodes of a view that can be believed only read; QEMU would speak of permissions."""
+    if request.writable and any(part.node == part.names.node("view") for part in parts):
+        raise Refused(
+            "clients cannot trim this snapshot: before QEMU 8.0 one that others read is offered read-only",
+            means="Nothing was exported; its scratch keeps old data until the snapshot is deleted.",
+            todo="Leave --writable out, every client can read it; or run the domain with QEMU 8.0 or newer.",
+        )
 
 
 def _saved(part: ExportPart) -> ExportPart:
