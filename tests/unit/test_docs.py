@@ -34,7 +34,7 @@ from pullback.plan.freeze import CBW_TIMEOUT
 from tests.support.backups import open_repository, store_backup
 from tests.support.markdown import code_blocks, named, plain, rows, sections, without_code
 from tests.support.product import Done, Stage
-from tests.support.restic import needs_restic
+from tests.support.restic import PASSWORD, needs_restic
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -164,6 +164,23 @@ def every_command(stage: Stage, lab_dir: Path) -> Iterator[tuple[str, Done]]:
         store_backup(repository, {"vda": [b"x"]}, domain="broken", manifest=b"{")
     yield "list", stage.cli("list", "--json")
     yield "restore", stage.cli("restore", "web@latest", "--to", stage.place / "out", "--json")
+    yield from every_command_of_restic(stage, lab_dir)
+
+
+def every_command_of_restic(stage: Stage, lab_dir: Path) -> Iterator[tuple[str, Done]]:
+    """The same of the commands that restic carries out."""
+    (password := stage.place / "password").write_text(PASSWORD)
+    yield "copy", stage.cli("copy", "--to", lab_dir / "new", "web@latest", "--json")
+    yield "forget", stage.cli("forget", "--keep-last", "1", "--json")
+    yield "prune", stage.cli("prune", "--json")
+    yield "check", stage.cli("check", "--json")
+    yield "unlock", stage.cli("unlock", "--json")
+    yield "key add", stage.cli("key", "add", "--new-password-file", password, "--json")
+    yield "key passwd", stage.cli("key", "passwd", "--new-password-file", password, "--json")
+    listed = stage.cli("key", "list", "--json")
+    yield "key list", listed
+    (old,) = (key["id"] for key in listed.event("restic")["output"][0] if not key["current"])
+    yield "key remove", stage.cli("key", "remove", old, "--json")
 
 
 def every_command_on(qemu: BareQemu, stage: Stage) -> Iterator[tuple[str, Done]]:
@@ -203,6 +220,8 @@ def inner_objects(event: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
     for heading, name, key in [
         ("backups", "one of backups", "backups"),
         ("restore", "one of a restore's disks", "disks"),
+        ("retention", "one of a retention's backups", "keep"),
+        ("retention", "one of a retention's backups", "forget"),
         ("domains", "one of domains", "domains"),
         ("domain", "one of a domain's disks", "disks"),
         ("domain", "one of a domain's snapshots", "snapshots"),
@@ -384,7 +403,7 @@ def variables_read() -> set[str]:
 
 def check_variables(text: str) -> list[str]:
     documented = {name for row in rows(sections(text)["Environment"]) for name in named(row[0])}
-    elsewhere = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}  # read by obstore
+    elsewhere = {"AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}  # read by obstore
     return differences("variable", documented - elsewhere, variables_read())
 
 
