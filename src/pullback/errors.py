@@ -17,6 +17,7 @@
     │   └── TargetExists                9
     └── RepositoryError                14   the repository's store failed
         ├── Damaged                     8   stored bytes are not what was written
+        │   └── DamageFound            15   verify or check went to its end and found damage
         ├── RepositoryMissing          10   (10, 11 and 12 are restic's numbers for the same things)
         ├── RepositoryLocked           11
         ├── WrongPassword              12
@@ -152,6 +153,12 @@ class Damaged(RepositoryError):
     """Stored bytes are not what was written: MAC, hash or length do not match."""
 
     exit_code = 8
+
+
+class DamageFound(Damaged):
+    """A search for damage went to its end and found some; what it found was told."""
+
+    exit_code = 15
 
 
 class RepositoryMissing(RepositoryError):

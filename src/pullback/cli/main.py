@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import pullback
-from pullback.cli import backups, checkpoints, domains, exports, snapshots
+from pullback.cli import backups, checkpoints, domains, exports, repositories, snapshots
 from pullback.cli.interrupts import EXIT_INTERRUPTED, Interrupted
 from pullback.cli.reporter import Reporter, silence
 from pullback.errors import PullbackError, UsageError
@@ -32,11 +32,17 @@ app.command("backup")(backups.backup)
 app.command("list")(backups.list_backups)
 app.command("restore")(backups.restore)
 app.command("recover")(domains.recover)
+app.command("forget")(repositories.forget)
+app.command("prune")(repositories.prune)
+app.command("check")(repositories.check)
+app.command("copy")(repositories.copy)
+app.command("unlock")(repositories.unlock)
 for _name, _group in (
     ("domain", domains.app),
     ("checkpoint", checkpoints.app),
     ("snapshot", snapshots.app),
     ("export", exports.app),
+    ("key", repositories.app),
 ):
     app.add_typer(_group, name=_name)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pullback.errors import UsageError
 
 if TYPE_CHECKING:
+    from pullback.engine.restic import RepositoryAccess
     from pullback.repository.repository import Repository
 
 
@@ -96,22 +97,21 @@ def read_password(options: RepositoryOptions, confirm: bool = False) -> str:
     return options.password or _ask(confirm)
 
 
-def repository_opener(options: RepositoryOptions) -> Callable[[], Repository]:
-    """A function that opens the repository; location and password are settled now, so questions come first.
+def repository_access(options: RepositoryOptions) -> RepositoryAccess:
+    """Location and password, settled now, so that questions come first; UsageError when there is none to be had.
 
     To be called in the main thread: from here on this process may hold a lock of the repository.
     """
     if not options.location:
         raise UsageError("no repository was named", todo="Use --repo, or set RESTIC_REPOSITORY.")
     location, password = options.location, read_password(options)
+    from pullback.engine.restic import RepositoryAccess
     from pullback.repository.locks import survive_restic_probe
 
     survive_restic_probe()
+    return RepositoryAccess(location, password)
 
-    def open_it() -> Repository:
-        from pullback.repository.location import open_store
-        from pullback.repository.repository import Repository
 
-        return Repository.open(open_store(location), password)
-
-    return open_it
+def repository_opener(options: RepositoryOptions) -> Callable[[], Repository]:
+    """A function that opens the repository; as repository_access."""
+    return repository_access(options).open
