@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pullback.errors import Damaged, RepositoryError
+from pullback.repository.documents import DAMAGE_MEANS, DAMAGE_TODO
 from pullback.repository.store import ID_NAME, Bytes, FileKind, buffers, describe, relative_path
 
 _MAX_PIECES = 512  # below IOV_MAX (1024)
@@ -99,14 +100,13 @@ class LocalStore:
             try:
                 handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
-                raise Damaged(f"The repository's file {describe(kind, name)} is missing") from None
+                raise _lost(f"{describe(kind, name)} is missing") from None
             try:
                 size = os.fstat(handle).st_size
                 wanted = max(size - offset, 0) if length is None else length
                 if offset + wanted > size:
-                    raise Damaged(
-                        f"The repository's file {describe(kind, name)} is too short:"
-                        f" {size} bytes, at least {offset + wanted} were expected"
+                    raise _lost(
+                        f"{describe(kind, name)} is too short: {size} bytes, at least {offset + wanted} were expected"
                     )
                 return _read_exactly(handle, offset, wanted, describe(kind, name))
             finally:
@@ -157,6 +157,10 @@ class LocalStore:
         ) from error
 
 
+def _lost(what: str) -> Damaged:
+    return Damaged(f"The repository's file {what}", means=DAMAGE_MEANS, todo=DAMAGE_TODO)
+
+
 def _create(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
@@ -179,7 +183,7 @@ def _read_exactly(handle: int, offset: int, length: int, name: str) -> bytes:
     while got < length:  # one pread returns at most 2 GiB
         more = os.pread(handle, length - got, offset + got)
         if not more:
-            raise Damaged(f"The repository's file {name} is too short: {length} bytes at {offset} were expected")
+            raise _lost(f"{name} is too short: {length} bytes at {offset} were expected")
         parts.append(more)
         got += len(more)
     return b"".join(parts)
