@@ -15,6 +15,7 @@ import contextlib
 import re
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
@@ -106,6 +107,35 @@ def answer(status: str, code: str = "", message: str = "by the fault proxy") -> 
         await exchange.reply(Message(f"HTTP/1.1 {status}", headers, content))
 
     return deed
+
+
+def away(seconds: float) -> Deed:
+    """For so long from the first such request on every connection is closed; then all is well."""
+    until: list[float] = []
+
+    async def deed(exchange: Exchange) -> None:
+        now = asyncio.get_running_loop().time()
+        if not until:
+            until.append(now + seconds)
+        await (drop if now < until[0] else passed_on)(exchange)
+
+    return deed
+
+
+class Hold:
+    """The request arrives when ``release`` was called; ``reached`` is set as soon as one waits."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._go: Future[None] = Future()
+
+    async def __call__(self, exchange: Exchange) -> None:
+        self.reached.set()
+        await asyncio.shield(asyncio.wrap_future(self._go))
+        await passed_on(exchange)
+
+    def release(self) -> None:
+        self._go.set_result(None)
 
 
 async def truncate(exchange: Exchange) -> None:
