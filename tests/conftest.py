@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lab.processes import LabTimeout, wait_for
 from lab.qemu import PROGRAM, BareQemu, qemu_version, short_directory
 from lab.s3 import S3Address, shared_s3
 from lab.vm import Vm
+from tests.support.judging import judge_all
 
 MARK = "PULLBACK_TEST_SESSION"
 
@@ -26,6 +27,29 @@ def pytest_report_header() -> str:
     """Which QEMU the tests run against: the first one in PATH."""
     found = ".".join(map(str, qemu_version())) if shutil.which(PROGRAM) else "none, so most tests fail"
     return f"QEMU: {found} ({shutil.which(PROGRAM)})"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The one marker that the tests here have."""
+    config.addinivalue_line(
+        "markers", "damages_repository(reason): restic is not asked what it thinks of the repositories of this test"
+    )
+
+
+#: Where tests write repositories through the product.
+JUDGED = {"fault", "guest", "peers", "qemu"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A test passes only if restic finds nothing wrong in the repositories that it leaves."""
+    result = yield
+    marker = item.get_closest_marker("damages_repository")
+    if marker is not None:
+        assert marker.args, "say why"
+    elif item.path.parent.name in JUDGED:
+        judge_all(getattr(item, "funcargs", {}))
+    return result
 
 
 def _survivors(mark: str) -> dict[int, str]:

@@ -60,6 +60,7 @@ def test_check_snapshots_ls_dump_restore(tmp_path: Path, version: int) -> None:
     assert b"".join(file.read_bytes() for file in files) == b"".join(disk)
 
 
+@pytest.mark.damages_repository("to see that restic sees it")
 def test_a_damaged_pack_fails_restics_check(place: Path, repository: Repository, restic: Restic) -> None:
     """The judge judges: its approval in the other tests means something."""
     store_backup(repository, {"sda": segments()})
