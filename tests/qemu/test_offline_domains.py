@@ -134,6 +134,32 @@ def test_snapshots_checkpoints_and_exports_of_a_stopped_domain(stopped: Stopped)
     assert stopped.daemons() == []
 
 
+def test_a_dry_run_writes_nothing_to_the_images(stopped: Stopped) -> None:
+    """Not even for a moment, as QEMU does to call the bitmaps of an image that it opens for writing in use."""
+    stopped.cli("snapshot create", "one", "--checkpoint", "A")
+    stopped.cli("snapshot delete", "one")
+
+    def looks() -> list[tuple[str, int, int]]:
+        paths = [disk.path for disk in stopped.disks]
+        return [(digest(path), path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in paths]
+
+    before = looks()
+    for command, *more in (
+        ("snapshot create", "two", "--checkpoint", "B"),
+        ("checkpoint delete", "A"),
+        ("recover",),
+        ("backup", "--name", "lab"),
+        ("export start", "--writable", "--socket", str(stopped.stage.place / "nbd")),
+    ):
+        told = stopped.cli(command, *more, "--dry-run").out
+        assert command == "recover" or "disk-vda" in told, (command, told)
+    assert looks() == before
+    assert stopped.daemons() == []
+    # What is looked at in vain above can change: another command does.
+    stopped.cli("recover")
+    assert looks() != before
+
+
 def test_one_chain_online_and_offline(stopped: Stopped, bare_qemu: Start) -> None:
     stage = stopped.stage
     qemu = bare_qemu(stopped.disks, name="lab")

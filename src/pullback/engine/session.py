@@ -19,7 +19,7 @@ from pullback.errors import CommandFailed, DomainError, Refused, UsageError
 from pullback.model.facts import Facts
 from pullback.model.snapshots import read_exports, read_snapshots
 from pullback.plan.command import Plan
-from pullback.plan.offline import Image, open_images, try_images
+from pullback.plan.offline import Image, as_if_writable, open_images, try_images
 from pullback.qemu.execute import run_plan
 from pullback.qemu.monitor import JobState, Monitor, Peer, Trace, connect, dial
 from pullback.qemu.observe import observe, observe_daemon
@@ -67,7 +67,9 @@ class Session:
     async def observe(self) -> Facts:
         """The domain as it is now."""
         if self._daemon:
-            return await observe_daemon(self._monitor, self._default_name)
+            facts = await observe_daemon(self._monitor, self._default_name)
+            # A dry run opened the images read-only, and tells what would be done to writable ones.
+            return as_if_writable(facts) if self.dry else facts
         return await observe(self._monitor)
 
     async def run(self, plan: Plan) -> float:
@@ -186,9 +188,9 @@ async def _give_up(daemon: OfflineDaemon, monitor: Monitor | None) -> None:
     await asyncio.to_thread(daemon.terminate)
 
 
-async def _open_images(monitor: Monitor, images: tuple[Image, ...]) -> None:
+async def _open_images(monitor: Monitor, images: tuple[Image, ...], *, read_only: bool) -> None:
     try:
-        await run_plan(monitor, try_images(images) + open_images(images))
+        await run_plan(monitor, try_images(images) + open_images(images, read_only=read_only))
     except CommandFailed as error:
         # QEMU's 'Failed to get shared "write" lock'
         if '" lock' in error.desc:
@@ -209,7 +211,8 @@ async def open_offline_session(
     """A session with a storage daemon on the images of a stopped domain.
 
     The daemon ends with the session, unless a snapshot or an export is left in it: then it stays, and the next session
-    on these images finds it.  Refused when another process uses an image.
+    on these images finds it.  Refused when another process uses an image.  A dry run opens the images read-only: opening
+    a qcow2 image for writing is a write already.
     """
     place = daemon_place(images, lock_directory())
     title = name or Path(images[0].path).stem
@@ -221,7 +224,7 @@ async def open_offline_session(
             line = await uncancelled(asyncio.to_thread(daemon.start))
             monitor = await connect(line, trace)
             if not daemon.found:
-                await _open_images(monitor, images)
+                await _open_images(monitor, images, read_only=tell is not None)
         except BaseException:
             await uncancelled(_give_up(daemon, monitor))
             raise

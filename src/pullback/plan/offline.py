@@ -8,10 +8,10 @@ images are tried read-only first, which touches nothing and is refused while ano
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pullback.model.facts import DISK_NODE
+from pullback.model.facts import DISK_NODE, Facts
 from pullback.plan.command import Plan, Step
 
 _TRY_NODE = "try-"
@@ -47,10 +47,18 @@ def try_images(images: Sequence[Image]) -> Plan:
     return Plan((*tries, *(Step("blockdev-del", {"node-name": name}, "it can") for name in names)))
 
 
-def open_images(images: Sequence[Image]) -> Plan:
-    """Open all images for writing, under the names by which they are the domain's disks."""
+def open_images(images: Sequence[Image], *, read_only: bool = False) -> Plan:
+    """Open all images under the names by which they are the domain's disks; for writing, unless ``read_only``."""
     return Plan(
         tuple(
-            _add(image, f"{DISK_NODE}{image.target}", f"the disk {image.target}", read_only=False) for image in images
+            _add(image, f"{DISK_NODE}{image.target}", f"the disk {image.target}", read_only=read_only)
+            for image in images
         )
     )
+
+
+def as_if_writable(facts: Facts) -> Facts:
+    """What would be seen of images that were opened read-only, had they been opened for writing."""
+    roots = {device.root for device in facts.devices}
+    nodes = {name: replace(node, read_only=False) if name in roots else node for name, node in facts.nodes.items()}
+    return replace(facts, nodes=nodes)
