@@ -7,6 +7,8 @@ a hash table of slots.  A dictionary would take more than 200.  SHA-256 is its o
     slots     u32, a power of two of them, at most 2/3 used      id[0:8] picks the first to look at, 0 is free
     ids       32 bytes per entry
     numbers   4 × u32 per entry: pack number, offset, sealed length, plain length (top bit: compressed)
+
+Behind these may stand an IndexCache, a file that takes no memory; then only what is newer is in memory.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ import json
 import struct
 import threading
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from pullback.repository.blob import MAX_BLOB, BlobId, BlobKind, BlobLocation, PackId
 from pullback.repository.crypto import OVERHEAD
+from pullback.repository.index_cache import CacheBroken, IndexCache
 from pullback.repository.pack import PackedBlob
 
 # One index file holds at most this many blobs, which keeps it near restic's 8 MiB.
@@ -27,6 +30,7 @@ MAX_INDEX_BLOBS = 50_000
 
 _COMPRESSED = 1 << 31
 _first_slot = struct.Struct("<Q").unpack_from
+_T = TypeVar("_T")
 _KINDS = {"data": BlobKind.DATA, "tree": BlobKind.TREE}
 
 
@@ -85,20 +89,28 @@ class _Table:
 
 
 class Index:
-    """All known blobs; lookups from any thread, also while others add."""
+    """All known blobs; lookups from any thread, also while others add.
 
-    def __init__(self) -> None:
+    `cached` is what is known besides.  When it turns out to be broken, `renew` is called, once per thread that met
+    it; it must see to it that this index uses it no more.
+    """
+
+    def __init__(self, cached: IndexCache | None = None, renew: Callable[[IndexCache], None] | None = None) -> None:
         self._lock = threading.Lock()
+        self._renew = renew
+        self.cached: IndexCache | None
         self.clear()
+        self.cached = cached
 
     def clear(self) -> None:
         """Know nothing."""
+        self.cached = None
         self._packs: list[PackId] = []
         self._pack_numbers: dict[PackId, int] = {}
         self._tables = {kind: _Table(self._packs) for kind in BlobKind}
 
     def adopt(self, other: Index) -> None:
-        """Know what `other` knows besides what is known already; `other` must not be used any more."""
+        """Know what `other` knows besides what is known already in memory; `other` must not be used any more."""
         with self._lock:
             for kind, table in self._tables.items():
                 for entry in range(len(table.ids) // 32):
@@ -107,15 +119,30 @@ class Index:
                     plain = place.uncompressed_length if place.compressed else None
                     other.add_pack(place.pack_id, [PackedBlob(blob, kind, place.offset, place.length, plain)])
             # One assignment each: a lookup in another thread uses the old tables or the new ones, never a mixture.
+            self.cached = other.cached
             self._packs, self._pack_numbers, self._tables = other._packs, other._pack_numbers, other._tables
 
+    def _ask(self, question: Callable[[IndexCache], _T], otherwise: _T) -> _T:
+        """What the cache answers, `otherwise` without one."""
+        while (cached := self.cached) is not None:
+            try:
+                return question(cached)
+            except CacheBroken:
+                if self._renew is None:
+                    raise
+                self._renew(cached)
+        return otherwise
+
     def __len__(self) -> int:
-        return sum(len(table.ids) // 32 for table in self._tables.values())
+        """How many places are known; one may count twice if it is in memory and in the cache."""
+        cached = self.cached
+        return sum(len(table.ids) // 32 for table in self._tables.values()) + (0 if cached is None else len(cached))
 
     @property
     def packs(self) -> frozenset[PackId]:
         """The packs that hold anything known."""
-        return frozenset(self._pack_numbers)
+        cached = self.cached
+        return frozenset(self._pack_numbers).union(() if cached is None else cached.packs())
 
     def add_pack(self, pack: PackId, blobs: Iterable[PackedBlob]) -> None:
         """Enter the blobs of a pack; what is known of it already (from another index file) is not entered twice."""
@@ -130,7 +157,12 @@ class Index:
             self._pack_numbers[pack] = number
 
     def _has_in(self, pack: PackId, blob: PackedBlob) -> bool:
-        return any(place.pack_id == pack for place in self.lookup_all(blob.kind, blob.id))
+        return any(place.pack_id == pack for place in self._in_memory(blob.kind, blob.id))
+
+    def _in_memory(self, kind: BlobKind, blob: BlobId) -> Iterator[BlobLocation]:
+        table = self._tables[kind]
+        for entry in table.find(blob):
+            yield self._place(kind, table, entry)
 
     def lookup(self, kind: BlobKind, blob: BlobId) -> BlobLocation | None:
         """Where a blob lies (one of the places), None if unknown."""
@@ -138,9 +170,24 @@ class Index:
 
     def lookup_all(self, kind: BlobKind, blob: BlobId) -> Iterator[BlobLocation]:
         """Every place a blob lies at: a blob may stand in several packs until a prune folds them."""
-        table = self._tables[kind]
-        for entry in table.find(blob):
-            yield self._place(kind, table, entry)
+        # The cache first: if it has to be renewed without one, what it knew is in memory afterwards.
+        packs: set[PackId] = set()
+        nowhere: list[BlobLocation] = []
+        for place in self._ask(lambda cached: list(cached.lookup_all(kind, blob)), nowhere):
+            packs.add(place.pack_id)
+            yield place
+        for place in self._in_memory(kind, blob):
+            if place.pack_id not in packs:
+                yield place
+
+    def lengths(self, kind: BlobKind, blobs: Sequence[BlobId]) -> list[int | None]:
+        """The plain length in bytes of each blob, None where it is unknown; for many at once, faster than lookup."""
+        nothing: list[int | None] = [None] * len(blobs)
+        found = self._ask(lambda cached: cached.lengths(kind, blobs), nothing) if blobs else nothing
+        for number, blob in enumerate(blobs):
+            if found[number] is None and (place := next(self._in_memory(kind, blob), None)) is not None:
+                found[number] = place.uncompressed_length
+        return found
 
     @staticmethod
     def _place(kind: BlobKind, table: _Table, entry: int) -> BlobLocation:
@@ -149,7 +196,9 @@ class Index:
 
     def has(self, kind: BlobKind, blob: BlobId) -> bool:
         """Whether the blob is known."""
-        return next(self._tables[kind].find(blob), None) is not None
+        return self._ask(lambda cached: cached.has(kind, blob), False) or (
+            next(self._tables[kind].find(blob), None) is not None
+        )
 
     def memory(self) -> int:
         """Bytes taken by the arrays (not by the few bytes per pack)."""

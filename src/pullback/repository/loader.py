@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading: index files into memory, blobs out of packs; every byte is verified before it is handed out."""
+"""Reading blobs out of packs; every byte is verified before it is handed out."""
 
 from __future__ import annotations
 
@@ -10,51 +10,13 @@ from pullback.errors import Damaged
 from pullback.repository.blob import MAX_BLOB, BlobId, BlobKind, BlobLocation, CompressionBroken, PackId, decompress
 from pullback.repository.blob import blob_id as hash_of
 from pullback.repository.crypto import Key, SealBroken
-from pullback.repository.documents import DAMAGE_MEANS, DAMAGE_TODO, damaged, load_document
-from pullback.repository.index import Index, IndexBroken, decode_index
+from pullback.repository.documents import DAMAGE_MEANS, DAMAGE_TODO, damaged
+from pullback.repository.index import Index
 from pullback.repository.store import Bytes, FileKind, Store
 
 # Neighbouring blobs are read in one go, gaps up to this thrown away: cheaper than another request to S3.
 MAX_GAP = 256 << 10
 MAX_READ = 16 << 20
-
-_LISTINGS = 3
-
-
-def load_index_files(store: Store, key: Key) -> Index:
-    """All index files in one Index; raises Damaged for a broken one.
-
-    A file that vanishes after it was listed was replaced by another program: the listing starts anew.
-    """
-    skip: set[str] = set()
-    for _ in range(_LISTINGS):
-        index, replaced, complete = _load_listed(store, key, skip)
-        if complete and not replaced - skip:
-            return index
-        skip |= replaced
-    return index
-
-
-def _load_listed(store: Store, key: Key, skip: set[str]) -> tuple[Index, set[str], bool]:
-    """The index of all files but `skip`; the names, among them, of those that others replace; whether none was gone."""
-    index, replaced, complete = Index(), set(skip), True
-    names = {name for name, _ in store.list(FileKind.INDEX)}
-    for name in sorted(names - skip):
-        try:
-            document = load_document(store, key, FileKind.INDEX, name)
-        except Damaged:
-            if store.exists(FileKind.INDEX, name):
-                raise
-            complete = False
-            continue
-        try:
-            packs, superseded = decode_index(document)
-        except IndexBroken as error:
-            raise damaged(FileKind.INDEX, name, str(error)) from None
-        for pack, blobs in packs:
-            index.add_pack(pack, blobs)
-        replaced.update(names.intersection(superseded))
-    return index, replaced, complete
 
 
 @dataclass(frozen=True, slots=True)

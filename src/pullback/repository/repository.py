@@ -18,6 +18,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 
 from pullback.errors import (
     Damaged,
@@ -28,10 +29,15 @@ from pullback.errors import (
     WrongPassword,
 )
 from pullback.repository.blob import BlobId, BlobKind, BlobLocation, PackId
+from pullback.repository.cache_folder import CacheFolder
+from pullback.repository.cached_store import CachedStore
 from pullback.repository.crypto import Key, KeyFileInvalid, ScryptCost, SealBroken, make_key_file, open_key_file
 from pullback.repository.documents import damaged, load_document, save_document
 from pullback.repository.index import Index, encode_index
-from pullback.repository.loader import BlobLoader, load_index_files
+from pullback.repository.index_cache import IndexCache
+from pullback.repository.index_loader import IndexLoader
+from pullback.repository.loader import BlobLoader
+from pullback.repository.local_store import LocalStore
 from pullback.repository.locks import RepositoryLock, current_account
 from pullback.repository.pack import PackedBlob, parse_pack
 from pullback.repository.polynomial import random_polynomial
@@ -48,16 +54,20 @@ CONFIG = "config"
 class Repository:
     """An open repository; made by init or open."""
 
-    def __init__(self, store: Store, key: Key, repository_id: str, version: int) -> None:
-        self.store = store
+    def __init__(
+        self, store: Store, key: Key, repository_id: str, version: int, cache: CacheFolder | None = None
+    ) -> None:
+        # Snapshot files in a directory here need no copy.
+        self.store = store if cache is None or isinstance(store, LocalStore) else CachedStore(store, cache)
         self.id = repository_id
         self.version = version
         self._key = key
-        self._index = Index()
+        self._index = Index(renew=self._renew_index)
+        self._index_loader = IndexLoader(self.store, key, repository_id, cache, self._renew_index)
         self._index_loaded = False
         self._index_lock = threading.Lock()
         self._pending = PendingIndex(self._index, self._save_packs)
-        self._loader = BlobLoader(store, key, self.load_index)
+        self._loader = BlobLoader(self.store, key, self.load_index)
         self._lock: RepositoryLock | None = None
 
     # -- making and opening ---------------------------------------------------------------------------------------
@@ -98,8 +108,18 @@ class Repository:
         return cls(store, key, str(config["id"]), version)
 
     @classmethod
-    def open(cls, store: Store, password: str) -> Repository:
+    def open(
+        cls,
+        store: Store,
+        password: str,
+        *,
+        cache: Path | None = None,
+        warn: Callable[[str], None] | None = None,
+    ) -> Repository:
         """Open a repository with any of its passwords.
+
+        `cache` is a directory for copies of what opening would read again each time, None to do without; when it
+        cannot be used, `warn` gets a sentence, once, and all works without it.
 
         Raises RepositoryMissing, WrongPassword, Damaged for a broken key file or config, RepositoryUnsupported for
         a version that is neither 1 nor 2.
@@ -111,7 +131,7 @@ class Repository:
             )
         key = _find_key(store, password)
         repository_id, version = _read_config(store, key)
-        return cls(store, key, repository_id, version)
+        return cls(store, key, repository_id, version, CacheFolder(cache, repository_id, warn) if cache else None)
 
     # -- the index ------------------------------------------------------------------------------------------------
 
@@ -121,15 +141,21 @@ class Repository:
         return self.load_index()
 
     def load_index(self) -> Index:
-        """Read all index files unless that was done; what this process wrote is in it too.
+        """Read the index files that the cache does not hold, unless that was done; what this process wrote is in too.
 
         Take the lock first: without one, a prune may delete what the index names.
         """
         with self._index_lock:
             if not self._index_loaded:
-                self._index.adopt(load_index_files(self.store, self._key))
+                self._index.adopt(self._index_loader.load())
                 self._index_loaded = True
             return self._index
+
+    def _renew_index(self, broken: IndexCache) -> None:
+        with self._index_lock:
+            if self._index.cached is broken:  # else another thread was here first
+                self._index_loader.drop_cache()
+                self._index.adopt(self._index_loader.load())
 
     def save_index(self) -> None:
         """Write what was stored since the last time to index files, durably; call it when all writers are flushed."""
@@ -250,8 +276,8 @@ class Repository:
     def _forget_index(self) -> None:
         # While we held no lock a prune may have deleted anything we knew of: a chunk believed to be stored would
         # be left out of the next backup.
+        self._pending.reset()
         with self._index_lock:
-            self._pending.reset()
             self._index_loaded = False
 
 
