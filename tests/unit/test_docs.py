@@ -165,6 +165,10 @@ def every_command(stage: Stage, lab_dir: Path) -> Iterator[tuple[str, Done]]:
     yield "list", stage.cli("list", "--json")
     yield "restore", stage.cli("restore", "web@latest", "--to", stage.place / "out", "--json")
     yield from every_command_of_restic(stage, lab_dir)
+    yield "show", stage.cli("show", "web@latest", "--json")
+    big = max((stage.repo / "data").glob("*/*"), key=lambda path: path.stat().st_size)
+    os.truncate(big, big.stat().st_size // 2)
+    yield "verify", stage.cli("verify", "--all", "--data", "--json")
 
 
 def every_command_of_restic(stage: Stage, lab_dir: Path) -> Iterator[tuple[str, Done]]:
@@ -220,6 +224,7 @@ def inner_objects(event: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
     for heading, name, key in [
         ("backups", "one of backups", "backups"),
         ("restore", "one of a restore's disks", "disks"),
+        ("verified", "one of damages", "damages"),
         ("retention", "one of a retention's backups", "keep"),
         ("retention", "one of a retention's backups", "forget"),
         ("domains", "one of domains", "domains"),
@@ -233,6 +238,7 @@ def inner_objects(event: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
     ]:
         for one in event.get(key, ()) if kind == heading else ():
             yield ("a damaged one of backups" if "damaged" in one else name), one
+            yield from (("one of a damage's touched", x) for x in one.get("touched", ()))
             yield from ((f"one of a disk's {inner}", x) for inner in ("chain", "broken") for x in one.get(inner, ()))
 
 

@@ -15,6 +15,7 @@ from pullback.cli.config import find_domain
 from pullback.cli.interrupts import run_interruptible
 from pullback.cli.passwords import read_password, repository_opener
 from pullback.cli.reporter import Reporter, table
+from pullback.engine.events import Note
 from pullback.errors import UsageError
 from pullback.model.manifest import Manifest
 from pullback.model.units import human_bytes, human_seconds
@@ -113,7 +114,7 @@ def _backup_json(result: BackupResult) -> dict[str, Any]:
     return {
         "event": "backup",
         "id": result.id,
-        **_manifest_json(result.manifest),
+        **manifest_json(result.manifest),
         "bytes_read": result.bytes_read,
         "bytes_stored": result.bytes_stored,
         "seconds": round(result.seconds, 3),
@@ -121,7 +122,7 @@ def _backup_json(result: BackupResult) -> dict[str, Any]:
     }
 
 
-def _manifest_json(manifest: Manifest) -> dict[str, Any]:
+def manifest_json(manifest: Manifest) -> dict[str, Any]:
     return {
         "domain": manifest.domain,
         "time": manifest.time.isoformat(),
@@ -157,17 +158,17 @@ def list_backups(
     opener = repository_opener(opt.repository_options(repo, password_file, password_command, opt.load_config(config)))
     from pullback.engine.listing import list_stored
 
-    found = list_stored(opener(), domain)
+    reporter = Reporter(json)
+    found = list_stored(opener(), domain, broken=lambda error: reporter.emit(Note(str(error))))
     rows = [_row(one) for one in found]
     lines = (
         table(("ID", "TIME (UTC)", "DOMAIN", "MODE", "DISKS", "SIZE", "READ", "NEW"), rows) if rows else ["no backups"]
     )
-    Reporter(json).answer(
+    reporter.answer(
         {
             "event": "backups",
             "backups": [
-                {"id": one.id, **(_manifest_json(one.manifest) if one.manifest else _damaged_json(one))}
-                for one in found
+                {"id": one.id, **(manifest_json(one.manifest) if one.manifest else _damaged_json(one))} for one in found
             ],
         },
         lines,

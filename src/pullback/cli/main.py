@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import pullback
-from pullback.cli import backups, checkpoints, domains, exports, repositories, snapshots
+from pullback.cli import backups, checkpoints, domains, exports, repositories, snapshots, verifying
 from pullback.cli.interrupts import EXIT_INTERRUPTED, Interrupted
 from pullback.cli.reporter import Reporter, silence
 from pullback.errors import PullbackError, UsageError
@@ -32,6 +32,8 @@ app.command("backup")(backups.backup)
 app.command("list")(backups.list_backups)
 app.command("restore")(backups.restore)
 app.command("recover")(domains.recover)
+app.command("show")(verifying.show)
+app.command("verify")(verifying.verify)
 app.command("forget")(repositories.forget)
 app.command("prune")(repositories.prune)
 app.command("check")(repositories.check)

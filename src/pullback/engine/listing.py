@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pullback.errors import Damaged
+from pullback.errors import Damaged, RepositoryUnsupported
 from pullback.model.manifest import Manifest, parse_manifest
 from pullback.repository.layout import StoredBackup
 from pullback.repository.repository import Repository
+from pullback.repository.snapshots import find_snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +25,52 @@ class ListedBackup:
     damage: str = ""
 
 
-def list_stored(repository: Repository, domain: str | None = None) -> list[ListedBackup]:
-    """All backups of domains, or of one, oldest first; what other programs stored otherwise is passed over."""
+@dataclass(frozen=True, slots=True)
+class ShownBackup:
+    """A backup with its manifest; ``bases`` says of each backup it was built on under which id it is here, if it is."""
+
+    id: str
+    manifest: Manifest
+    bases: dict[str, str | None]
+    original: str | None
+
+
+def list_stored(
+    repository: Repository, domain: str | None = None, broken: Callable[[Damaged], None] | None = None
+) -> list[ListedBackup]:
+    """All backups of domains, or of one, oldest first; what other programs stored otherwise is passed over.
+
+    A broken snapshot file is told to ``broken``; raises Damaged where nobody is to be told.
+    """
     found = []
-    for snapshot in repository.snapshots(domain):
+    for snapshot in repository.snapshots(domain, broken):
         try:
             manifest = parse_manifest(StoredBackup(repository, snapshot).manifest_bytes())
-        except Damaged as error:
+        except (Damaged, RepositoryUnsupported) as error:
             if "pullback" in snapshot.tags:
                 time = snapshot.time.astimezone(UTC)
                 found.append(ListedBackup(snapshot.id, time, snapshot.hostname, None, error.what))
             continue
         found.append(ListedBackup(snapshot.id, snapshot.time.astimezone(UTC), snapshot.hostname, manifest))
     return found
+
+
+def show_stored(repository: Repository, spec: str, broken: Callable[[Damaged], None]) -> ShownBackup:
+    """The backup called so; raises BackupNotFound, and Damaged or RepositoryUnsupported for its manifest.
+
+    A base is here under another id where it is a copy.
+    """
+    known = repository.snapshots(broken=broken)
+    snapshot = find_snapshot(known, spec)
+    try:
+        manifest = parse_manifest(StoredBackup(repository, snapshot).manifest_bytes())
+    except Damaged as error:
+        raise Damaged(
+            f"the backup {snapshot.short_id} of {snapshot.hostname}, {snapshot.time:%Y-%m-%d %H:%M:%S %Z}, cannot be"
+            f" read: {error.what}",
+            means=error.means,
+            todo=f"pullback verify {snapshot.short_id} --data says what of it is damaged.",
+        ) from error
+    here = {one.original: one.id for one in known if one.original} | {one.id: one.id for one in known}
+    bases = {disk.base.backup: here.get(disk.base.backup) for disk in manifest.disks if disk.base is not None}
+    return ShownBackup(snapshot.id, manifest, bases, snapshot.original)
