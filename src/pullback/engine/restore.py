@@ -21,7 +21,7 @@ from typing import Literal
 
 from pullback.engine.events import Emit, Note, Progress
 from pullback.engine.workdir import DEFAULT_BASE, work_directory
-from pullback.errors import Damaged, NbdRefused, PullbackError, RestoreError, TargetExists
+from pullback.errors import Damaged, NbdRefused, PullbackError, RepositoryError, RestoreError, TargetExists
 from pullback.model.manifest import DiskEntry, Manifest, parse_manifest
 from pullback.nbd.address import UnixAddress
 from pullback.nbd.blocking import NbdConnection
@@ -102,7 +102,7 @@ class Restore:
         self._lock = repository.lock(retry=self._request.lock_retry, waiting=lambda note: self._emit(Note(note)))
         if self._stopped:
             self._lock.give_up()
-        with self._lock:
+        with self._locked(self._lock):
             snapshot = repository.find(self._request.backup)
             stored = StoredBackup(repository, snapshot)
             manifest = parse_manifest(stored.manifest_bytes())
@@ -114,6 +114,23 @@ class Restore:
             for disk in disks
         )
         return RestoreResult(snapshot.id, manifest, done, time.monotonic() - begin)
+
+    @contextmanager
+    def _locked(self, lock: RepositoryLock) -> Iterator[None]:
+        """Hold the lock; where none can be written (a full or read-only file system) say so and do without.
+
+        The worst that a prune beside us can do is to make the restore fail: every blob is verified.
+        """
+        try:
+            lock.acquire()
+        except RepositoryError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            self._emit(Note(f"Restoring without a lock, so nothing may prune the repository meanwhile: {error.what}."))
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _fill(
         self, repository: Repository, stored: StoredBackup, disks: Sequence[DiskEntry], parts: dict[str, Path]
