@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import ssl
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
@@ -189,7 +190,8 @@ class Fault:
 class FaultProxy:
     """A context manager: a proxy for the server on port ``upstream`` of loopback, in a thread of its own.
 
-    ``faults`` may be changed at any time.  ``seen`` holds every request as ``METHOD PATH``.
+    ``faults`` may be changed at any time.  ``seen`` holds every request as ``METHOD PATH``.  With ``tls`` its clients
+    have to speak TLS; the server never does.
     """
 
     upstream: int
@@ -197,12 +199,14 @@ class FaultProxy:
     latency: float = 0.0
     seen: list[str] = field(default_factory=list)
     port: int = 0
+    tls: ssl.SSLContext | None = None
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy")
         self._thread.start()
-        self._server: asyncio.Server = self._do(asyncio.start_server(self._serve, "127.0.0.1", self.port, limit=_LIMIT))
+        listening = asyncio.start_server(self._serve, "127.0.0.1", self.port, limit=_LIMIT, ssl=self.tls)
+        self._server: asyncio.Server = self._do(listening)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -216,7 +220,7 @@ class FaultProxy:
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
 
     def fault(self, deed: Deed, method: str = "", path: str = "", times: float = 1, after: int = 0) -> Fault:
         """Have a fault happen from now on."""
