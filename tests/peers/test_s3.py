@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ from lab import images
 from lab.fault_proxy import FaultProxy, Hold
 from lab.qemu import BareQemu
 from lab.s3 import S3Address
-from pullback.errors import RepositoryLocked
+from pullback.errors import RepositoryError, RepositoryLocked
+from tests.support.backups import store_backup
+from tests.support.certificates import write_certificates
 from tests.support.product import KIB, MIB, reference, references, same
-from tests.support.restic import needs_restic
+from tests.support.restic import Restic, needs_restic
 from tests.support.s3 import S3Stage
 
 pytestmark = needs_restic
@@ -132,3 +135,19 @@ def test_restic_honours_our_lock_while_we_upload(
     stage.restic.run("prune")
     stage.restic.check()
     same(stage.contents(stage.listed()[0]), references(qemu))
+
+
+def test_an_authority_of_ones_own(lab_dir: Path, s3: S3Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_certificates(lab_dir)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(lab_dir / "server-cert.pem", lab_dir / "server-key.pem")
+    with FaultProxy(s3.port, tls=tls) as proxy:
+        stage = S3Stage(lab_dir, s3, proxy.endpoint)
+        with pytest.raises(RepositoryError, match="no authority that is trusted here"):
+            stage.open()
+        monkeypatch.setenv("RESTIC_CACERT", str(lab_dir / "ca-cert.pem"))
+        repository = stage.open()
+        with repository.lock():
+            store_backup(repository, {"vda": [b"x" * MIB]})
+        Restic(stage.location).run("check", "--cacert", str(lab_dir / "ca-cert.pem"))
+        assert proxy.count("^PUT .*/snapshots/") == 1

@@ -42,8 +42,8 @@ _CAUSES = (
     ("dns error", "its host name cannot be resolved", "Check the host in the location, and the name service."),
     (
         "UnknownIssuer",
-        "its certificate is signed by nobody this machine trusts",
-        "Name the authority's: RESTIC_CACERT.",
+        "no authority that is trusted here signed its certificate",
+        "Name a file with the authority's certificate in RESTIC_CACERT.",
     ),
     ("InvalidContentType", "what answers there does not speak TLS", "Check host and port, or write s3:http://…"),
     ("invalid peer certificate", "its certificate is not valid", "Check the host in the location and the certificate."),
