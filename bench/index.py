@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What opening a repository of many blobs costs, with the cache and without: `python -m bench.index [BLOBS] [DIRECTORY]`.
+"""What opening a repository of many blobs costs, with a cache and without.
+
+`python -m bench.index [BLOBS] [DIRECTORY]`
 
 The repository is made of real index files: sealed and compressed as ours are, 50,000 blobs each, 64 blobs a pack.
 Each figure is of a process of its own, with its peak memory; what it did to the cache stays for the next one.
@@ -84,7 +86,7 @@ def measured(work: Callable[[], object]) -> float:
 
 def step(name: str, place: Path, blobs: int) -> dict[str, float | int]:
     """One step, in this process: seconds, and for lookups how many."""
-    if name.startswith("open") or name.startswith("rebuild") or name.startswith("fold"):
+    if name.startswith(("open", "rebuild", "fold")):
         return {"seconds": measured(lambda: opened(place, cached=name != "open without a cache"))}
     index, ids = opened(place, cached=True).index, scattered(blobs)
     if name == "lengths, a segment at a time":

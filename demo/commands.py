@@ -52,6 +52,7 @@ class Commands:
             "RESTIC_REPOSITORY": "repository",
             "RESTIC_PASSWORD_FILE": "password",
             "PULLBACK_CONFIG": "config.toml",
+            "PULLBACK_CACHE_DIR": "cache",
         }
 
     def show(self, *command: str) -> None:

@@ -82,6 +82,12 @@ def no_process_survives() -> Iterator[None]:
         pytest.fail("left behind by tests: " + "; ".join(f"{pid}: {line}" for pid, line in left.items()))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing of the tests is kept where the user's own cache is."""
+    os.environ["PULLBACK_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def lab_dir() -> Iterator[Path]:
     """A directory with a path short enough for unix sockets; removed at the end."""

@@ -279,6 +279,7 @@ EVERYWHERE = "Options of all commands"
 #: Sections of options that several commands have; each says which before its table.
 SHARED = (
     "Options of commands on a repository",
+    "Options of commands that read backups",
     "Options of commands on a domain",
     "Options of commands that change a domain",
     "Options of commands that freeze",

@@ -78,6 +78,8 @@ def backup(
     repo: opt.Repo = None,
     password_file: opt.PasswordFile = None,
     password_command: opt.PasswordCommand = None,
+    cache_dir: opt.CacheDir = None,
+    no_cache: opt.NoCache = False,
     lock_retry: opt.LockRetry = 0.0,
     config: opt.ConfigFile = None,
     dry_run: opt.DryRun = False,
@@ -87,7 +89,8 @@ def backup(
     """Back up a domain: what changed, or all of it."""
     settings = opt.load_config(config)
     found = find_domain(domain, settings)
-    opener = repository_opener(opt.repository_options(repo, password_file, password_command, settings))
+    where = opt.repository_options(repo, password_file, password_command, settings)
+    opener = repository_opener(where, opt.cache_options(cache_dir, no_cache, json))
     from pullback.engine.backup import BackupRequest, plan_backup, run_backup
 
     request = BackupRequest(
@@ -151,11 +154,14 @@ def list_backups(
     repo: opt.Repo = None,
     password_file: opt.PasswordFile = None,
     password_command: opt.PasswordCommand = None,
+    cache_dir: opt.CacheDir = None,
+    no_cache: opt.NoCache = False,
     config: opt.ConfigFile = None,
     json: opt.Json = False,
 ) -> None:
     """List the backups in the repository."""
-    opener = repository_opener(opt.repository_options(repo, password_file, password_command, opt.load_config(config)))
+    where = opt.repository_options(repo, password_file, password_command, opt.load_config(config))
+    opener = repository_opener(where, opt.cache_options(cache_dir, no_cache, json))
     from pullback.engine.listing import list_stored
 
     reporter = Reporter(json)
@@ -209,6 +215,8 @@ def restore(
     repo: opt.Repo = None,
     password_file: opt.PasswordFile = None,
     password_command: opt.PasswordCommand = None,
+    cache_dir: opt.CacheDir = None,
+    no_cache: opt.NoCache = False,
     lock_retry: opt.LockRetry = 0.0,
     config: opt.ConfigFile = None,
     json: opt.Json = False,
@@ -216,7 +224,8 @@ def restore(
     """Restore a backup to new images, DIR/DISK.qcow2."""
     if image_format not in ("qcow2", "raw"):
         raise UsageError(f"{image_format!r} is no format of images", todo="Use qcow2 or raw.")
-    opener = repository_opener(opt.repository_options(repo, password_file, password_command, opt.load_config(config)))
+    where = opt.repository_options(repo, password_file, password_command, opt.load_config(config))
+    opener = repository_opener(where, opt.cache_options(cache_dir, no_cache, json))
     from pullback.engine.restore import Restore, RestoreRequest
 
     request = RestoreRequest(backup_id, to, tuple(disk or ()), "raw" if image_format == "raw" else "qcow2", lock_retry)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pullback.cli.config import Config, DomainOptions, load_config
-from pullback.cli.passwords import RepositoryOptions, from_environment
+from pullback.cli.passwords import CacheOptions, RepositoryOptions, from_environment
+from pullback.cli.reporter import Reporter
 from pullback.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ PasswordCommand = Annotated[
 ConfigFile = Annotated[
     str | None, typer.Option("--config", metavar="FILE", help="The configuration file [PULLBACK_CONFIG]")
 ]
+CacheDir = Annotated[
+    str | None,
+    typer.Option("--cache-dir", metavar="DIR", help="Where copies of its index are kept here [PULLBACK_CACHE_DIR]"),
+]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep no copies, and use none")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines for programs")]
 LockRetry = Annotated[
     float, typer.Option("--lock-retry", metavar="SECONDS", min=0, help="Wait so long for a locked repository")
@@ -74,6 +80,17 @@ def repository_options(
     return given.or_else(from_environment()).or_else(config.repository)
 
 
+def cache_options(directory: str | None, none: bool, json: bool) -> CacheOptions:
+    """What the command line says; a cache that cannot be used is a note."""
+
+    def warn(sentence: str) -> None:
+        from pullback.engine.events import Note
+
+        Reporter(json).emit(Note(sentence))
+
+    return CacheOptions(directory, none, warn)
+
+
 def domain_address(found: DomainOptions, name: str | None = None, agent: str | None = None) -> DomainAddress:
     """How to reach the domain that the command line means."""
     from pullback.engine.domain import DomainAddress
@@ -95,6 +112,7 @@ def method_of(given: str | None) -> Method | None:
 
 __all__ = [
     "AgentSocket",
+    "CacheDir",
     "ConfigFile",
     "Disks",
     "DomainArgument",
@@ -103,12 +121,14 @@ __all__ = [
     "Json",
     "LockRetry",
     "MethodOption",
+    "NoCache",
     "PasswordCommand",
     "PasswordFile",
     "Repo",
     "RequireFreeze",
     "Scratch",
     "TraceOption",
+    "cache_options",
     "domain_address",
     "freeze_mode",
     "load_config",

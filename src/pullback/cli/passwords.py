@@ -112,6 +112,24 @@ def repository_access(options: RepositoryOptions) -> RepositoryAccess:
     return RepositoryAccess(location, password)
 
 
-def repository_opener(options: RepositoryOptions) -> Callable[[], Repository]:
+@dataclass(frozen=True, slots=True)
+class CacheOptions:
+    """Where copies of what a repository holds may be kept on this machine; ``warn`` hears if they cannot be."""
+
+    directory: str | None = None
+    none: bool = False
+    warn: Callable[[str], None] | None = None
+
+    def path(self) -> Path | None:
+        """The directory, None for no cache."""
+        from pullback.repository.cache_folder import default_cache_directory
+
+        if self.none:
+            return None
+        return Path(self.directory) if self.directory else default_cache_directory()
+
+
+def repository_opener(options: RepositoryOptions, cache: CacheOptions | None = None) -> Callable[[], Repository]:
     """A function that opens the repository; as repository_access."""
-    return repository_access(options).open
+    access, caching = repository_access(options), cache or CacheOptions()
+    return lambda: access.open(caching.path(), caching.warn)

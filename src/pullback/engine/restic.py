@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO
 
 from pullback.errors import (
@@ -57,9 +58,9 @@ class RepositoryAccess:
     location: str
     password: str = field(repr=False)
 
-    def open(self) -> Repository:
-        """Open it; raises what Repository.open does."""
-        return Repository.open(open_store(self.location), self.password)
+    def open(self, cache: Path | None = None, warn: Callable[[str], None] | None = None) -> Repository:
+        """Open it; as Repository.open."""
+        return Repository.open(open_store(self.location), self.password, cache=cache, warn=warn)
 
 
 def restic_program() -> str:

@@ -20,7 +20,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -34,11 +34,11 @@ _TEMPORARY = "-tmp-"
 _TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# This file tells that the directory holds a cache of pullback.\n"
 
 
-def default_cache_directory(environment: Mapping[str, str]) -> Path:
+def default_cache_directory() -> Path:
     """PULLBACK_CACHE_DIR, else pullback in XDG_CACHE_HOME, else in ~/.cache."""
-    if given := environment.get("PULLBACK_CACHE_DIR"):
+    if given := os.environ.get("PULLBACK_CACHE_DIR"):
         return Path(given)
-    home = environment.get("XDG_CACHE_HOME")
+    home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path("~/.cache").expanduser()) / "pullback"
 
 
