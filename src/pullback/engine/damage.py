@@ -86,7 +86,7 @@ class DamageMap:
         self._sizes = sizes
         self._check_stop = check_stop
         self._verdicts: dict[tuple[BlobKind, BlobId], _Verdict] = {}
-        self._sound: set[BlobId] = set()
+        self._sound: dict[BlobId, int] = {}  # sizes of segments that no damage touches, by their tree
         self._found: dict[PackId, _Found] = defaultdict(_Found)
 
     def read(self, backups: list[Snapshot]) -> list[Damage]:
@@ -116,22 +116,24 @@ class DamageMap:
 
     def _read_backup(self, number: int, snapshot: Snapshot) -> None:
         manifest = _manifest(self._repository, snapshot)
+        segment_size = manifest.segment_size if manifest is not None else SEGMENT
         for piece in walk(self._repository, snapshot, self._sound):
             self._check_stop()
+            if piece.number == 0 and manifest is None:  # with the manifest lost, the first segment tells the size
+                segment_size = piece.size or self._sound.get(piece.tree, SEGMENT)
             if piece.content is None:
                 continue
-            touched = list(self._touched(piece, manifest))
+            touched = list(self._touched(piece, manifest, segment_size))
             if not touched and piece.number is not None:
-                self._sound.add(piece.tree)
+                self._sound[piece.tree] = piece.size
             for pack, lost, spans, blobs in touched:
                 self._found[pack].spans[number, piece.disk, lost] += spans
                 self._found[pack].blobs |= blobs
 
     def _touched(
-        self, piece: Piece, manifest: Manifest | None
+        self, piece: Piece, manifest: Manifest | None, segment_size: int
     ) -> Iterator[tuple[PackId, bool, list[Span], set[BlobId]]]:
         """For each pack with damage that touches this directory: lost or not, the disk's spans, the blobs."""
-        segment_size = manifest.segment_size if manifest is not None else SEGMENT
         tree = self._verdict(BlobKind.TREE, piece.tree)
         for pack in tree.bad:
             yield pack, not tree.readable, _all_of(piece, manifest, segment_size), {piece.tree}
