@@ -111,6 +111,7 @@ KINDS: Mapping[str, tuple[type, ...]] = {
     "list": (list,),
     "boolean": (bool,),
     "object": (dict,),
+    "object or null": (dict, type(None)),
     "any": (object,),
 }
 
@@ -203,6 +204,7 @@ def every_command_on(qemu: BareQemu, stage: Stage) -> Iterator[tuple[str, Done]]
         ("checkpoint size", (domain, "A")),
         ("domain show", (domain,)),
         ("domain show", (domain, "--xml")),
+        ("domain show", (domain, "--repo", str(stage.repo))),
         ("export stop", (domain,)),
         ("export stop", (domain, "nonsense")),
         ("snapshot delete", (domain, "one")),
@@ -221,6 +223,9 @@ def heading_of(event: Mapping[str, Any]) -> str:
 
 def inner_objects(event: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     kind = event["event"]
+    if outlook := event.get("next_backup"):
+        yield "a domain's next_backup", outlook
+        yield from (("one of a next backup's disks", disk) for disk in outlook["disks"])
     for heading, name, key in [
         ("backups", "one of backups", "backups"),
         ("restore", "one of a restore's disks", "disks"),

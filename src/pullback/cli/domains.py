@@ -11,6 +11,7 @@ import typer
 
 from pullback.cli import options as opt
 from pullback.cli.interrupts import run_interruptible
+from pullback.cli.passwords import repository_opener
 from pullback.cli.reporter import Reporter, table
 from pullback.cli.working import OnDomain
 from pullback.errors import PullbackError
@@ -19,7 +20,7 @@ from pullback.model.units import human_bytes
 if TYPE_CHECKING:
     from pullback.cli.config import DomainOptions
     from pullback.engine.domain import Domain
-    from pullback.engine.show import DomainView, EdgeView
+    from pullback.engine.show import DomainView, EdgeView, NextBackupView
 
 app = typer.Typer(help="Look at domains.", no_args_is_help=False)
 
@@ -60,16 +61,30 @@ async def _reach(options: DomainOptions) -> str:
 def show(
     domain: opt.DomainArgument,
     xml: Annotated[bool, typer.Option("--xml", help="Print the XML of the pull backup API")] = False,
+    repo: Annotated[
+        str | None,
+        typer.Option("--repo", "-r", metavar="LOCATION", help="Show what the next backup into this repository reads"),
+    ] = None,
+    password_file: opt.PasswordFile = None,
+    password_command: opt.PasswordCommand = None,
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="NAME", help="The domain's name in the repository [QEMU's -name]")
+    ] = None,
     config: opt.ConfigFile = None,
     trace: opt.TraceOption = False,
     json: opt.Json = False,
 ) -> None:
     """Show a domain's disks with their checkpoints, its snapshots and exports, and what is broken."""
-    on = OnDomain(domain, config, json=json, trace=trace)
+    on = OnDomain(domain, config, json=json, trace=trace, name=name)
     from pullback.engine.show import look_at
 
+    opener = None
+    if repo is not None:
+        where = opt.repository_options(repo, password_file, password_command, opt.load_config(config))
+        opener = repository_opener(where)
+
     async def look(opened: Domain) -> DomainView:
-        return await look_at(opened)
+        return await look_at(opened, opener, on.options.disks, on.reporter.emit)
 
     view = on.run(look)
     if xml:
@@ -106,7 +121,19 @@ def _view_lines(view: DomainView) -> list[str]:
         since = f", changes since {', '.join(export.checkpoints)}" if export.checkpoints else ""
         lines.append(f"export {export.name}: {export.uri or 'address not known'}{since}")
     lines += [f"left over: snapshot {name}; pullback recover clears it" for name in view.left_over]
-    return lines
+    return lines + (_next_lines(view.next_backup) if view.next_backup else [])
+
+
+def _next_lines(view: NextBackupView) -> list[str]:
+    last = f"the last one is {view.last[:8]}" if view.last else "there is none yet"
+    lines = [f"next backup of {view.domain} into this repository ({last}):"]
+    for disk in view.disks:
+        if disk.backup is not None:
+            built = f"since {disk.checkpoint} of backup {disk.backup[:8]}, at most {human_bytes(disk.most)}"
+            lines.append(f"    {disk.target}: incremental, {built}")
+        else:
+            lines.append(f"    {disk.target}: full, {human_bytes(disk.most)}: {disk.reason}")
+    return lines + [f"    {target}: not in it; the domain has no such disk any more" for target in view.gone]
 
 
 def _draw(chain: Sequence[EdgeView]) -> str:

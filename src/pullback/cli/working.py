@@ -30,12 +30,14 @@ class OnDomain:
         trace: bool = False,
         dry_run: bool = False,
         agent: str | None = None,
+        name: str | None = None,
     ) -> None:
         self.options: DomainOptions = find_domain(domain, opt.load_config(config))
         self.reporter = Reporter(json)
         self.dry_run = dry_run
         self._trace = trace
         self._agent = agent
+        self._name = name
 
     def run(self, work: Callable[[Domain], Awaitable[T]]) -> T:
         """Do ``work`` in a session with the domain."""
@@ -43,7 +45,7 @@ class OnDomain:
         async def session() -> T:
             from pullback.engine.domain import open_domain
 
-            address = opt.domain_address(self.options, agent=self._agent)
+            address = opt.domain_address(self.options, self._name, self._agent)
             tell = self.reporter.plan if self.dry_run else None
             trace = self.reporter.trace if self._trace else None
             async with open_domain(address, tell=tell, trace=trace) as domain:

@@ -211,8 +211,8 @@ async def open_offline_session(
     """A session with a storage daemon on the images of a stopped domain.
 
     The daemon ends with the session, unless a snapshot or an export is left in it: then it stays, and the next session
-    on these images finds it.  Refused when another process uses an image.  A dry run opens the images read-only: opening
-    a qcow2 image for writing is a write already.
+    on these images finds it.  Refused when another process uses an image.  A dry run opens the images read-only:
+    opening a qcow2 image for writing is a write already.
     """
     place = daemon_place(images, lock_directory())
     title = name or Path(images[0].path).stem
