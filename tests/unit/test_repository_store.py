@@ -19,6 +19,8 @@ import pytest
 
 from lab.s3 import S3Address
 from pullback.errors import Damaged, RepositoryError, RepositoryUnsupported, UsageError
+from pullback.repository.cache_folder import CacheFolder
+from pullback.repository.cached_store import CachedStore
 from pullback.repository.local_store import LocalStore
 from pullback.repository.location import open_store
 from pullback.repository.object_store import ObjectStore
@@ -43,10 +45,15 @@ def _directory(path: Path) -> Store:
     return ObjectStore(obstore.store.LocalStore(path / "objects", mkdir=True), "objects")
 
 
+def _cached(path: Path) -> Store:
+    return CachedStore(_memory(path), CacheFolder(path / "cache", "0" * 64))
+
+
 _KINDS: dict[str, Callable[[Path], Store]] = {
     "local": _local,
     "obstore-memory": _memory,
     "obstore-directory": _directory,
+    "cached": _cached,
 }
 
 
