@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from unittest import mock
@@ -12,19 +12,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pullback.model.extents import FLAG_DIRTY, FLAG_ZERO, Cover, Span, allocation, complement, dirty_spans, merged
-from pullback.plan import pull
+from pullback.plan import grid, pull
+from pullback.plan.grid import Grid, Slot
 from pullback.plan.pull import Act, SegmentPull
 
 # The machine may be busy: how long an example takes says nothing.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
-CHUNK, SEGMENT = 4, 16
+HOT, CHUNK, SEGMENT = 2, 6, 24
+SLOTS = SEGMENT // CHUNK
 
 
 @contextmanager
 def small() -> Iterator[None]:
-    """Chunks of 4 bytes, segments of 16."""
-    with mock.patch.object(pull, "CHUNK", CHUNK), mock.patch.object(pull, "SEGMENT", SEGMENT):
+    """Hot chunks of 2 bytes, cold ones of 6, segments of 24."""
+    with (
+        mock.patch.object(pull, "SEGMENT", SEGMENT),
+        mock.patch.multiple(grid, CHUNK=CHUNK, HOT_CHUNK=HOT, SEGMENT=SEGMENT, WIDELY=2, FEWEST=1),
+    ):
         yield
 
 
@@ -48,9 +53,18 @@ def bytes_of(spans: list[Span]) -> set[int]:
     return {byte for span in spans for byte in range(span.offset, span.end)}
 
 
-def chunk_of(byte: int, size: int) -> range:
-    start = byte - byte % CHUNK
-    return range(start, min(start + CHUNK, size))
+def segment_of(number: int, size: int) -> range:
+    return range(number * SEGMENT, min(number * SEGMENT + SEGMENT, size))
+
+
+def chunk_of(byte: int, size: int, grids: Mapping[int, Grid]) -> range:
+    """The chunk around a byte; it is cold where no grid says otherwise."""
+    segment = segment_of(byte // SEGMENT, size)
+    slot, inside = divmod(byte - segment.start, CHUNK)
+    known = grids.get(byte // SEGMENT)
+    unit = HOT if known is not None and known.slots[slot] == Slot.HOT else CHUNK
+    start = segment.start + slot * CHUNK + inside // unit * unit
+    return range(start, min(start + unit, segment.start + (slot + 1) * CHUNK, segment.stop))
 
 
 # Each byte of the disk: dirty or not, data or zero.
@@ -62,37 +76,77 @@ runs = st.lists(st.tuples(st.tuples(st.booleans(), st.booleans()), st.integers(1
 breaks = st.sets(st.integers(0, 240), max_size=20)
 
 
+# What a base may know of each segment's slots: none of it when another program cut it.
+known = st.dictionaries(st.integers(0, 6), st.lists(st.sampled_from(Slot), min_size=SLOTS, max_size=SLOTS))
+
+
 @unhurried
-@given(disk=disks | runs, cuts=breaks, whole=st.sets(st.integers(0, 20), max_size=3))
+@given(disk=disks | runs, cuts=breaks, known=known)
 def test_every_changed_byte_is_read_or_zero_and_nothing_else_is_touched(
-    disk: list[tuple[bool, bool]], cuts: set[int], whole: set[int]
+    disk: list[tuple[bool, bool]], cuts: set[int], known: dict[int, list[Slot]]
 ) -> None:
     size = len(disk)
     with small():
-        whole = {number for number in whole if number < pull.segment_count(size)}
+        base = {
+            number: Grid(len(segment), bytes(slots[: -(-len(segment) // CHUNK)]))
+            for number, slots in known.items()
+            if (segment := segment_of(number, size))
+        }
         dirty = dirty_spans(status([FLAG_DIRTY * changed for changed, _ in disk], cuts))
-        fetch = pull.fetch_spans(dirty, size, whole)
+        touched = pull.touched_segments(dirty)
+        whole = [number for number in touched if number not in base]
+        grids = pull.next_grids(dirty, base)
+        fetch = pull.fetch_spans(dirty, size, base, grids, whole)
         extents = allocation(
             item for span in fetch for item in _cut(status([0 if data else FLAG_ZERO for _, data in disk], cuts), span)
         )
-        reads = pull.read_spans(fetch, extents, size)
-        segments = list(pull.plan_segments(fetch, reads, size))
-        touched = pull.touched_segments(dirty)
+        cut = grid.DiskGrid(size, grids)
+        reads = pull.read_spans(fetch, extents, cut)
+        segments = list(pull.plan_segments(fetch, reads, cut))
 
     changed = {byte for byte, (is_dirty, _) in enumerate(disk) if is_dirty}
-    wanted = {n for byte in changed for n in chunk_of(byte, size)}
-    wanted |= {byte for byte in range(size) if byte // SEGMENT in whole}
+    assert touched == sorted({byte // SEGMENT for byte in changed})
+    assert set(grids) == set(touched) - set(whole)
+    # Chunks of the base that changed, chunks that the base does not have, and segments that it does not know.
+    wanted = {n for byte in changed for n in chunk_of(byte, size, base)}
+    wanted |= {
+        byte
+        for number in grids
+        for byte in segment_of(number, size)
+        if chunk_of(byte, size, base) != chunk_of(byte, size, grids)
+    }
+    wanted |= {byte for number in whole for byte in segment_of(number, size)}
     assert bytes_of(fetch) == wanted
     data = {byte for byte in wanted if disk[byte][1]}
-    assert bytes_of(reads) == {n for byte in data for n in chunk_of(byte, size)}
-    assert touched == sorted({byte // SEGMENT for byte in changed})
+    assert bytes_of(reads) == {n for byte in data for n in chunk_of(byte, size, grids)}
 
-    acts = _acts(segments, size)
-    assert {segment.number for segment in segments} == {byte // SEGMENT for byte in wanted}
+    acts = _acts(segments, size, grids)
+    assert {segment.number for segment in segments} == set(touched)
     assert {byte for byte, act in acts.items() if act is Act.READ} == bytes_of(reads)
     assert {byte for byte, act in acts.items() if act is Act.ZERO} == wanted - bytes_of(reads)
     assert not bytes_of(pull.clean_spans(reads, size)) & bytes_of(reads)
     assert bytes_of(pull.clean_spans(reads, size)) | bytes_of(reads) == set(range(size))
+
+
+@unhurried
+@given(disk=disks | runs, slots=st.lists(st.sampled_from(Slot), min_size=SLOTS, max_size=SLOTS))
+def test_a_slot_becomes_hot_where_it_changed_in_part_and_never_cold_again(
+    disk: list[tuple[bool, bool]], slots: list[Slot]
+) -> None:
+    size = min(len(disk), SEGMENT)
+    with small():
+        base = Grid(size, bytes(slots[: -(-size // CHUNK)]))
+        after = grid.next_grid(base, dirty_spans(status([FLAG_DIRTY * changed for changed, _ in disk[:size]], set())))
+    due = set()
+    for slot, kind in enumerate(base.slots):
+        marks = {changed for changed, _ in disk[slot * CHUNK : min((slot + 1) * CHUNK, size)]}
+        if kind == Slot.COLD and marks == {True, False}:
+            due.add(slot)
+    hot = {slot for slot, kind in enumerate(base.slots) if kind == Slot.HOT}
+    widely = bool(base.slots) and 2 * len(hot) >= len(base.slots) <= 2 * len(due)
+    cold = {slot for slot, kind in enumerate(base.slots) if kind == Slot.COLD}
+    assert {slot for slot, kind in enumerate(after.slots) if kind == Slot.HOT} == hot | (cold if widely else due)
+    assert [kind == Slot.EMPTY for kind in after.slots] == [kind == Slot.EMPTY for kind in base.slots]
 
 
 def _cut(items: list[tuple[int, int, int]], span: Span) -> Iterator[tuple[int, int, int]]:
@@ -103,7 +157,7 @@ def _cut(items: list[tuple[int, int, int]], span: Span) -> Iterator[tuple[int, i
             yield start, end - start, flags
 
 
-def _acts(segments: list[SegmentPull], size: int) -> dict[int, Act]:
+def _acts(segments: list[SegmentPull], size: int, grids: Mapping[int, Grid]) -> dict[int, Act]:
     """What is done with each byte of the planned segments, whose runs cover them once and in order."""
     acts: dict[int, Act] = {}
     assert [segment.number for segment in segments] == sorted({segment.number for segment in segments})
@@ -114,7 +168,8 @@ def _acts(segments: list[SegmentPull], size: int) -> dict[int, Act]:
         for run in segment.runs:
             assert run.offset == position, "a hole or an overlap"
             assert run.length > 0
-            assert run.offset % CHUNK == 0
+            assert run.offset == chunk_of(run.offset, size, grids).start
+            assert run.end == chunk_of(run.end - 1, size, grids).stop
             position = run.end
             acts.update(dict.fromkeys(range(run.offset, run.end), run.act))
         assert position == segment.offset + segment.size
@@ -122,16 +177,19 @@ def _acts(segments: list[SegmentPull], size: int) -> dict[int, Act]:
 
 
 @unhurried
-@given(size=st.integers(0, 200))
-def test_the_grid_is_its_own(size: int) -> None:
+@given(size=st.integers(0, SEGMENT), slots=st.lists(st.sampled_from(Slot), min_size=SLOTS, max_size=SLOTS))
+def test_the_grid_is_its_own(size: int, slots: list[Slot]) -> None:
     with small():
-        lengths = list(pull.chunk_lengths(size))
+        own = Grid(size, bytes(slots[: -(-size // CHUNK)]))
+        chunks = list(own.chunks(0, size))
+        lengths = [length for _, length in chunks]
         assert sum(lengths) == size
-        assert pull.on_grid(lengths, size)
-        assert not pull.on_grid([*lengths, 1], size)
-        assert [pull.segment_size(n, size) for n in range(pull.segment_count(size))] == [
-            min(SEGMENT, size - start) for start in range(0, size, SEGMENT)
-        ]
+        places = grid.Places(own)
+        assert [places.number(offset) for offset, _ in chunks] == list(range(places.count))
+        read = grid.read_grid(lengths, size)
+        assert read is not None
+        assert list(read.chunks(0, size)) == chunks
+        assert grid.read_grid([*lengths, 1], size) is None
 
 
 ascending = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=12).map(sorted)

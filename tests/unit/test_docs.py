@@ -29,8 +29,9 @@ from pullback.cli.config import find_domain, load_config
 from pullback.cli.main import app
 from pullback.engine import events
 from pullback.model.manifest import DiskEntry, Manifest
-from pullback.model.units import CHUNK, MIB, SEGMENT
+from pullback.model.units import CHUNK, HOT_CHUNK, MIB, SEGMENT
 from pullback.plan.freeze import CBW_TIMEOUT
+from pullback.plan.grid import WIDELY
 from tests.support.backups import open_repository, store_backup
 from tests.support.markdown import code_blocks, named, plain, rows, sections, without_code
 from tests.support.product import Done, Stage
@@ -509,7 +510,8 @@ def test_the_readme_links_every_page() -> None:
 def test_figures_are_those_of_the_program() -> None:
     text = page("how-a-backup-works.md")
     assert f"slower\nthan {CBW_TIMEOUT} s" in text
-    assert f"chunks of {CHUNK >> 10} KiB" in text
+    assert f"chunks of {CHUNK >> 10} KiB, or of {HOT_CHUNK >> 10} KiB" in text
+    assert f"one in {WIDELY} of a segment's chunks" in text
     assert f"Segments of {SEGMENT >> 20} MiB" in text
 
 

@@ -14,7 +14,6 @@ from pullback.model.extents import (
     complement,
     dirty_spans,
     merged,
-    widened,
 )
 from pullback.model.units import GIB, KIB, MIB, TIB, align_down, align_up, human_bytes, human_seconds
 from tests.support.values import SIZE, device, facts, node
@@ -81,11 +80,6 @@ def test_only_what_reads_as_zero_is_zero():
 
 def test_allocation_does_not_join_over_a_gap():
     assert allocation([(0, 4, 0), (8, 4, 0)]) == [Extent(0, 4, Kind.DATA), Extent(8, 4, Kind.DATA)]
-
-
-def test_widening_stops_at_the_end_of_the_disk():
-    assert widened([Span(3, 1), Span(9, 1)], 8, 12) == [Span(0, 12)]
-    assert widened([Span(17, 1)], 8, 20) == [Span(16, 4)]
 
 
 def test_the_complement_of_nothing_is_everything():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from pullback.model.chain import Chain, read_chain
 from pullback.model.facts import Disk
@@ -130,8 +131,24 @@ def test_what_cannot_be_tracked_is_read_whole():
 
 def test_full_is_asked_for():
     points = Points(point("a"))
-    assert reason(choose(points, disk(points=("A",)), full=True)["vda"]) == "asked for with --full"
-    assert points.taken == 0
+    (base,) = choose(points, disk(points=("A",)), full=True).values()
+    assert base == Full("asked for with --full", like="a")
+    assert points.taken == 1
+
+
+def test_a_whole_backup_is_cut_like_the_newest_one():
+    """Cut otherwise, what did not change would be stored once more."""
+    points = [point("c", targets=("vdb",)), point("b", "", targets=("vda", "vdb")), point("a")]
+    bases = choose(points, disk("vda"), disk("vdb"), disk("vdc"))
+    assert [base.like for base in bases.values() if isinstance(base, Full)] == [None, "c", None]
+    bases = choose(points, disk("vda", points=("Z",)), disk("vdb", points=("Z",)))
+    assert [base.like for base in bases.values() if isinstance(base, Full)] == ["b", "c"]
+
+
+def test_another_length_of_segments_is_no_base():
+    other = replace(point("a").manifest, segment_size=64 << 20)
+    said = reason(choose([StoredPoint("a", other)], disk(points=("A",)))["vda"])
+    assert said == "the last backup is laid out in segments of 67108864 bytes"
 
 
 def test_no_backup_is_looked_at_without_need():
@@ -146,7 +163,7 @@ def test_no_backup_is_looked_at_without_need():
     assert counted.taken == 1
     counted = Points(*points)
     choose(counted, disk(untracked="a raw image"))
-    assert counted.taken == 0
+    assert counted.taken == 1
 
 
 def test_a_disk_without_a_chain_does_not_keep_the_others_looking():

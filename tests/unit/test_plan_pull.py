@@ -6,14 +6,14 @@ from __future__ import annotations
 import pytest
 
 from pullback.model.extents import Extent, Kind, Span
-from pullback.model.units import CHUNK, GIB, KIB, SEGMENT
+from pullback.model.units import CHUNK, GIB, HOT_CHUNK, KIB, SEGMENT
+from pullback.plan.grid import DiskGrid, Grid, Slot, cold_grid
 from pullback.plan.pull import (
     Act,
     Run,
-    chunk_lengths,
     clean_spans,
     fetch_spans,
-    on_grid,
+    next_grids,
     plan_segments,
     read_spans,
     segment_count,
@@ -30,49 +30,58 @@ def test_segments_of_a_disk(size: int, sizes: list[int]):
     assert [segment_size(number, size) for number in range(segment_count(size))] == sizes
 
 
-def test_chunks_of_a_segment():
-    assert list(chunk_lengths(2 * CHUNK + 512)) == [CHUNK, CHUNK, 512]
-    assert list(chunk_lengths(CHUNK)) == [CHUNK]
-
-
-@pytest.mark.parametrize(
-    ("lengths", "size", "expected"),
-    [
-        ([CHUNK, 512], CHUNK + 512, True),
-        ([512, CHUNK], CHUNK + 512, False),
-        ([CHUNK + 512], CHUNK + 512, False),
-        ([CHUNK], CHUNK + 512, False),
-        ([CHUNK, 512, 512], CHUNK + 512, False),
-        ([CHUNK // 2, CHUNK // 2], CHUNK, False),
-        ([], 0, True),
-    ],
-)
-def test_a_base_cut_by_another_program_is_noticed(lengths: list[int], size: int, expected: bool):
-    assert on_grid(lengths, size) is expected
-
-
 def test_touched_segments():
     spans = [Span(0, 1), Span(SEGMENT - 1, 2), Span(3 * SEGMENT, 2 * SEGMENT)]
     assert touched_segments(spans) == [0, 1, 3, 4]
     assert touched_segments([]) == []
 
 
-def test_a_dirty_cluster_fetches_its_chunk():
-    assert fetch_spans([Span(CHUNK + 64 * KIB, 64 * KIB)], GIB) == [Span(CHUNK, CHUNK)]
-    assert fetch_spans([Span(SEGMENT + CHUNK, 512)], ODD) == [Span(SEGMENT + CHUNK, 512)]
+def grid(*slots: Slot, size: int = SEGMENT) -> Grid:
+    """A segment whose first slots are these, and the others cold."""
+    count = -(-size // CHUNK)
+    return Grid(size, bytes(slots) + bytes([Slot.COLD]) * (count - len(slots)))
+
+
+def fetch(dirty: list[Span], size: int, base: dict[int, Grid], whole: tuple[int, ...] = ()) -> list[Span]:
+    return fetch_spans(dirty, size, base, next_grids(dirty, base), whole)
+
+
+def test_a_dirty_cluster_of_a_cold_slot_fetches_all_of_it():
+    assert fetch([Span(CHUNK + 64 * KIB, 64 * KIB)], GIB, {0: cold_grid(SEGMENT)}) == [Span(CHUNK, CHUNK)]
+    base = {1: cold_grid(ODD - SEGMENT)}
+    assert fetch([Span(SEGMENT + CHUNK, 512)], ODD, base) == [Span(SEGMENT + CHUNK, 512)]
+
+
+def test_a_dirty_cluster_of_a_hot_slot_fetches_itself():
+    base = {2: grid(Slot.COLD, Slot.HOT)}
+    dirty = [Span(2 * SEGMENT + CHUNK + HOT_CHUNK + 512, 512)]
+    assert fetch(dirty, GIB, base) == [Span(2 * SEGMENT + CHUNK + HOT_CHUNK, HOT_CHUNK)]
+
+
+def test_what_is_cut_anew_is_fetched_though_it_is_clean():
+    base = {0: grid(*[Slot.HOT] * 64)}
+    dirty = [Span(slot * CHUNK, 512) for slot in range(100, 164)]
+    assert fetch(dirty, GIB, base) == [Span(64 * CHUNK, SEGMENT - 64 * CHUNK)]
 
 
 def test_a_segment_that_is_to_be_read_whole_is():
-    assert fetch_spans([Span(5, 1)], ODD, whole=[1]) == [Span(0, CHUNK), Span(SEGMENT, CHUNK + 512)]
-    assert fetch_spans([Span(SEGMENT - 1, 1)], ODD, whole=[1]) == [Span(SEGMENT - CHUNK, 2 * CHUNK + 512)]
+    base = {0: cold_grid(SEGMENT)}
+    assert fetch([Span(5, 1)], ODD, base, whole=(1,)) == [Span(0, CHUNK), Span(SEGMENT, CHUNK + 512)]
+    assert fetch([Span(SEGMENT - 1, 1)], ODD, base, whole=(1,)) == [Span(SEGMENT - CHUNK, 2 * CHUNK + 512)]
+
+
+def test_data_in_a_hot_slot_is_read_by_itself():
+    disk = DiskGrid(GIB, {0: grid(Slot.HOT)})
+    status = [Extent(HOT_CHUNK, 512, Kind.DATA), Extent(CHUNK + HOT_CHUNK, 512, Kind.DATA)]
+    assert read_spans([Span(0, 2 * CHUNK)], status, disk) == [Span(HOT_CHUNK, HOT_CHUNK), Span(CHUNK, CHUNK)]
 
 
 def test_zeroes_are_not_read_but_kept_as_zeroes():
     """A discard marks its range dirty and reads as zero; forgetting it would restore the old data."""
-    fetch = fetch_spans([Span(0, 2 * CHUNK)], GIB)
-    reads = read_spans(fetch, [Extent(0, CHUNK, Kind.ZERO), Extent(CHUNK, CHUNK, Kind.DATA)], GIB)
+    spans = fetch([Span(0, 2 * CHUNK)], GIB, {0: cold_grid(SEGMENT)})
+    reads = read_spans(spans, [Extent(0, CHUNK, Kind.ZERO), Extent(CHUNK, CHUNK, Kind.DATA)], DiskGrid(GIB))
     assert reads == [Span(CHUNK, CHUNK)]
-    (segment,) = plan_segments(fetch, reads, GIB)
+    (segment,) = plan_segments(spans, reads, DiskGrid(GIB))
     assert segment.runs == (
         Run(0, CHUNK, Act.ZERO),
         Run(CHUNK, CHUNK, Act.READ),
@@ -82,15 +91,15 @@ def test_zeroes_are_not_read_but_kept_as_zeroes():
 
 def test_an_untouched_segment_is_not_planned():
     spans = [Span(2 * SEGMENT + CHUNK, CHUNK)]
-    (segment,) = plan_segments(spans, spans, 4 * SEGMENT)
+    (segment,) = plan_segments(spans, spans, DiskGrid(4 * SEGMENT))
     assert (segment.number, segment.offset, segment.size) == (2, 2 * SEGMENT, SEGMENT)
     assert [run.act for run in segment.runs] == [Act.KEEP, Act.READ, Act.KEEP]
-    assert list(plan_segments([], [], GIB)) == []
+    assert list(plan_segments([], [], DiskGrid(GIB))) == []
 
 
 def test_a_run_is_cut_at_the_segments():
     spans = [Span(SEGMENT - CHUNK, 2 * CHUNK)]
-    first, second = plan_segments(spans, spans, 2 * SEGMENT)
+    first, second = plan_segments(spans, spans, DiskGrid(2 * SEGMENT))
     assert first.runs[-1] == Run(SEGMENT - CHUNK, CHUNK, Act.READ)
     assert second.runs[0] == Run(SEGMENT, CHUNK, Act.READ)
 

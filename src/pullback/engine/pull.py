@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 
 from pullback.errors import NbdRefused, PullbackError, SnapshotBroken
 from pullback.model.extents import Span
-from pullback.model.units import CHUNK, MIB
+from pullback.model.units import CHUNK, MIB, align_up
 from pullback.nbd.address import Address
 from pullback.nbd.blocking import NbdConnection
+from pullback.plan.grid import Grid, Places
 from pullback.plan.pull import Act, Run, SegmentPull
 from pullback.repository.blob import BlobId, BlobKind, blob_id
 from pullback.repository.layout import BackupBuilder
@@ -36,19 +37,26 @@ _ID = 32
 _ZEROES = bytes(CHUNK)
 
 
+@dataclass(frozen=True, slots=True)
+class BaseSegment:
+    """A segment as the base has it: its ``grid``, and the ids of its chunks one after the other."""
+
+    grid: Grid
+    ids: bytes
+
+
 @dataclass(slots=True)
 class DiskSource:
-    """A frozen disk to read: its export, what to build, and what clean segments hold already.
+    """A frozen disk to read: its export, what to build, and what the base holds of it.
 
-    ``base`` has, for each segment to build that keeps chunks, the ids of its chunks one after the other.  No request
-    crosses a multiple of ``unit`` bytes.
+    ``base`` has each segment to build that keeps chunks.  No request crosses a multiple of ``unit`` bytes.
     """
 
     target: str
     address: Address
     export: str
     segments: Iterator[SegmentPull]
-    base: dict[int, bytes] = field(default_factory=dict)
+    base: dict[int, BaseSegment] = field(default_factory=dict)
     unit: int = REQUEST
 
 
@@ -67,8 +75,9 @@ class _Segment:
 
     source: DiskSource
     plan: SegmentPull
+    places: Places
     ids: bytearray
-    missing: int
+    missing: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,28 +141,32 @@ class Pull:
                 yield from self._segment_batches(source, plan)
 
     def _segment_batches(self, source: DiskSource, plan: SegmentPull) -> Iterator[_Batch]:
-        chunks = -(-plan.size // CHUNK)
-        segment = _Segment(source, plan, bytearray(_ID * chunks), 0)
+        places = Places(plan.grid)
+        segment = _Segment(source, plan, places, bytearray(_ID * places.count))
         for run in plan.runs:
-            self._fill(segment, run)
+            if run.act is Act.KEEP:
+                _keep(segment, run)
+            elif run.act is Act.ZERO:
+                self._zero(segment, run)
         # Before the first batch is handed out, or the segment could be complete too early.
         segment.missing = sum(run.length for run in plan.runs if run.act is Act.READ)
         if not segment.missing:
             yield _Batch(segment, Span(plan.offset, 0))
         for run in plan.runs:
             if run.act is Act.READ:
-                for offset in range(run.offset, run.end, BATCH):
-                    yield _Batch(segment, Span(offset, min(BATCH, run.end - offset)))
+                for span in _cut(Span(run.offset, run.length), BATCH):
+                    yield _Batch(segment, span)
 
-    def _fill(self, segment: _Segment, run: Run) -> None:
-        first = (run.offset - segment.plan.offset) // CHUNK * _ID
-        last = -(-(run.end - segment.plan.offset) // CHUNK) * _ID
-        if run.act is Act.KEEP:
-            segment.ids[first:last] = segment.source.base[segment.plan.number][first:last]
-        elif run.act is Act.ZERO:
+    def _zero(self, segment: _Segment, run: Run) -> None:
+        grid, (start, end) = segment.plan.grid, _inside(segment.plan, run)
+        if grid.all_cold:
             whole, rest = divmod(run.length, CHUNK)
-            segment.ids[first:last] = self._zero_id(CHUNK) * whole + (self._zero_id(rest) if rest else b"")
-            self.counts[segment.source.target].zero += run.length
+            ids = self._zero_id(CHUNK) * whole + (self._zero_id(rest) if rest else b"")
+        else:
+            ids = b"".join(self._zero_id(length) for _, length in grid.chunks(start, end))
+        first = segment.places.number(start) * _ID
+        segment.ids[first : first + len(ids)] = ids
+        self.counts[segment.source.target].zero += run.length
 
     def _zero_id(self, length: int) -> BlobId:
         if length not in self._zero_ids:
@@ -232,10 +245,7 @@ class _Line:
         if connection is None or not batch.span.length:
             self._pull.finish_segment(batch.segment, self._writer)
             return
-        reads = deque(
-            Span(offset, min(REQUEST, batch.span.end - offset))
-            for offset in range(batch.span.offset, batch.span.end, REQUEST)
-        )
+        reads = deque(_cut(batch.span, REQUEST))
         flying: dict[int, _Window | None] = {}
         complete = False
         while reads or flying:
@@ -266,17 +276,42 @@ class _Line:
         new = zero = 0
         view = memoryview(buffer)
         before = self._writer.bytes_added
-        for start in range(0, span.length, CHUNK):
-            length = min(CHUNK, span.length - start)
-            if buffer.startswith(_ZEROES[:length] if length < CHUNK else _ZEROES, start):
+        first = span.offset - segment.plan.offset
+        at = segment.places.number(first) * _ID
+        for offset, length in segment.plan.grid.chunks(first, first + span.length):
+            start = offset - first
+            if buffer.startswith(_ZEROES if length == CHUNK else _ZEROES[:length], start):
                 blob = self._pull.zero_id(length)
                 zero += length
             else:
                 blob = self._writer.add(BlobKind.DATA, view[start : start + length])
-            at = (span.offset + start - segment.plan.offset) // CHUNK * _ID
             segment.ids[at : at + _ID] = blob
+            at += _ID
         new = self._writer.bytes_added - before
         return self._pull.read_done(segment, span.length, new, zero)
+
+
+def _inside(plan: SegmentPull, run: Run) -> tuple[int, int]:
+    """Where a run begins and ends in its segment."""
+    return run.offset - plan.offset, run.end - plan.offset
+
+
+def _keep(segment: _Segment, run: Run) -> None:
+    """Take chunks over from the base, which is cut the same way wherever any are kept."""
+    base, (start, end) = segment.source.base[segment.plan.number], _inside(segment.plan, run)
+    before = Places(base.grid)
+    kept = base.ids[before.number(start) * _ID : before.number(end) * _ID]
+    first = segment.places.number(start) * _ID
+    segment.ids[first : first + len(kept)] = kept
+
+
+def _cut(span: Span, unit: int) -> Iterator[Span]:
+    """Pieces that end at multiples of ``unit``, as chunks do."""
+    offset = span.offset
+    while offset < span.end:
+        end = min(align_up(offset + 1, unit), span.end)
+        yield Span(offset, end - offset)
+        offset = end
 
 
 def _submit(connection: NbdConnection, window: _Window, unit: int) -> list[int]:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pullback.engine.pull import DiskCount
+from pullback.engine.survey import read_segment
 from pullback.errors import PullbackError, TransferError
-from pullback.model.units import CHUNK, SEGMENT
+from pullback.model.extents import Span, merged
+from pullback.model.units import CHUNK, SEGMENT, align_down
 from pullback.nbd.protocol import AllocationFlag
-from pullback.plan.pull import chunk_lengths, on_grid, segment_count, segment_size
+from pullback.plan.grid import Grid, Places, cold_grid
+from pullback.plan.pull import segment_count, segment_size
 from pullback.repository.blob import BlobId, BlobKind, blob_id
 from pullback.repository.layout import BackupBuilder, SegmentRef, StoredBackup
 from pullback.repository.repository import Repository
@@ -35,6 +38,15 @@ class _Begun:
 
     data: bytearray
     missing: int
+
+
+@dataclass(slots=True)
+class _Segment:
+    """A segment of which something was pushed: how it is cut, and the ids of what is there (else zeroes)."""
+
+    grid: Grid
+    places: Places
+    ids: bytearray
 
 
 class Writers:
@@ -60,15 +72,16 @@ class PushedDisk:
     ``failure`` is the first error of our own: to QEMU it is an error of the server.
     """
 
-    def __init__(self, target: str, size: int, writers: Writers) -> None:
+    def __init__(self, target: str, size: int, writers: Writers, cut: Callable[[int], Grid]) -> None:
         self.target = target
         self.size = size
         self.count = DiskCount()
         self.failure: PullbackError | None = None
         self._writers = writers
+        self._cut = cut
         self._lock = threading.Lock()
         self._begun: dict[int, _Begun] = {}
-        self._ids: dict[int, bytearray] = {}
+        self._segments: dict[int, _Segment] = {}
         self._zero_ids: dict[int, BlobId] = {}
 
     # -- what the server calls, from several threads --------------------------------------------------------------
@@ -106,36 +119,47 @@ class PushedDisk:
     def _take(self, offset: int, length: int, data: memoryview | None) -> None:
         end = offset + length
         while offset < end:
-            chunk = offset // CHUNK
-            start = chunk * CHUNK
-            size = min(CHUNK, self.size - start)
+            number, inside = divmod(offset, SEGMENT)
+            grid = self._segment(number).grid
+            first = align_down(inside, grid.unit(inside))
+            size = min(grid.unit(inside), grid.size - first)
+            start = number * SEGMENT + first
             piece = min(end, start + size) - offset
             if piece == size:
-                self._whole(chunk, size, data[:piece] if data is not None else None)
+                self._whole(start, size, data[:piece] if data is not None else None)
             else:
-                self._piece(chunk, size, offset - start, piece, data)
+                self._piece(start, size, offset - start, piece, data)
             if data is not None:
                 data = data[piece:]
             offset += piece
 
-    def _piece(self, chunk: int, size: int, at: int, length: int, data: memoryview | None) -> None:
+    def _segment(self, number: int) -> _Segment:
         with self._lock:
-            begun = self._begun.get(chunk)
+            found = self._segments.get(number)
+            if found is None:
+                grid = self._cut(number)
+                places = Places(grid)
+                found = self._segments[number] = _Segment(grid, places, bytearray(_ID * places.count))
+            return found
+
+    def _piece(self, start: int, size: int, at: int, length: int, data: memoryview | None) -> None:
+        with self._lock:
+            begun = self._begun.get(start)
             if begun is None:
                 if len(self._begun) >= _MOST_OPEN:
                     raise TransferError(f"QEMU left more than {_MOST_OPEN} chunks of {self.target} unfinished")
-                begun = self._begun[chunk] = _Begun(bytearray(size), size)
+                begun = self._begun[start] = _Begun(bytearray(size), size)
             if data is not None:
                 begun.data[at : at + length] = data[:length]
             begun.missing -= length
             if begun.missing > 0:
                 return
-            del self._begun[chunk]
-        self._whole(chunk, size, memoryview(begun.data))
+            del self._begun[start]
+        self._whole(start, size, memoryview(begun.data))
 
-    def _whole(self, chunk: int, size: int, data: memoryview | None) -> None:
+    def _whole(self, start: int, size: int, data: memoryview | None) -> None:
         if data is None or bytes(data) == _ZEROES[:size]:
-            self._note(chunk, self._zero_id(size), size, zero=True)
+            self._note(start, self._zero_id(size), size, zero=True)
             return
         kept = data
         identifier = blob_id(kept)
@@ -145,18 +169,24 @@ class PushedDisk:
             writer.add(BlobKind.DATA, kept, identifier)
             return writer.bytes_added - before
 
-        self._note(chunk, identifier, size, new=self._writers.use(store))
+        self._note(start, identifier, size, new=self._writers.use(store))
 
-    def _note(self, chunk: int, blob: BlobId, size: int, *, new: int = 0, zero: bool = False) -> None:
-        segment, at = divmod(chunk * CHUNK, SEGMENT)
+    def _note(self, start: int, blob: BlobId, size: int, *, new: int = 0, zero: bool = False) -> None:
+        number, inside = divmod(start, SEGMENT)
+        segment = self._segment(number)
+        at = segment.places.number(inside) * _ID
         with self._lock:
-            ids = self._ids.get(segment)
-            if ids is None:
-                ids = self._ids[segment] = bytearray(_ID * -(-segment_size(segment, self.size) // CHUNK))
-            ids[at // CHUNK * _ID : (at // CHUNK + 1) * _ID] = blob
+            segment.ids[at : at + _ID] = blob
             self.count.read += 0 if zero else size
             self.count.zero += size if zero else 0
             self.count.new += new
+
+    def forget(self) -> None:
+        """Begin anew: the disk is pushed again; nothing is under way."""
+        with self._lock:
+            self._begun.clear()
+            self._segments.clear()
+            self.count.read = self.count.zero = 0
 
     def _zero_id(self, length: int) -> BlobId:
         with self._lock:
@@ -166,6 +196,15 @@ class PushedDisk:
 
     # -- after the push -------------------------------------------------------------------------------------------
 
+    def spans(self) -> list[Span]:
+        """What was pushed."""
+        return merged(
+            Span(number * SEGMENT + offset, length)
+            for number, segment in sorted(self._segments.items())
+            for at, (offset, length) in enumerate(segment.grid.chunks(0, segment.grid.size))
+            if any(segment.ids[at * _ID : (at + 1) * _ID])
+        )
+
     def finish(
         self, repository: Repository, builder: BackupBuilder, writer: PackWriter, base: StoredBackup | None
     ) -> None:
@@ -174,22 +213,24 @@ class PushedDisk:
         TransferError when QEMU left a chunk unfinished.
         """
         if self._begun:
-            raise TransferError(f"QEMU did not finish chunk {min(self._begun)} of {self.target}")
+            raise TransferError(f"QEMU did not finish the chunk at {min(self._begun)} of {self.target}")
         builder.add_disk(self.target)
         known = {segment.number: segment for segment in base.segments(self.target)} if base else {}
         for number in range(segment_count(self.size)):
-            pushed = self._ids.pop(number, None)
+            pushed = self._segments.pop(number, None)
             if pushed is None and number in known:
                 builder.keep_segment(self.target, number, known[number].subtree_id)
                 continue
             size = segment_size(number, self.size)
-            before = list(self._before(repository, writer, base, known.get(number), size))
-            ids = pushed if pushed is not None else bytearray(_ID * len(before))
+            grid = pushed.grid if pushed else cold_grid(size)
+            before = self._before(repository, writer, base, known.get(number), grid)
+            ids = pushed.ids if pushed else bytearray(len(before))
             content = [
-                BlobId(bytes(ids[at : at + _ID])) if any(ids[at : at + _ID]) else before[at // _ID]
+                BlobId(bytes(source[at : at + _ID]))
                 for at in range(0, len(ids), _ID)
+                for source in (ids if any(ids[at : at + _ID]) else before,)
             ]
-            for length in set(chunk_lengths(size)):
+            for length in {length for _, length in grid.chunks(0, size)}:
                 writer.add(BlobKind.DATA, _ZEROES[:length], self._zero_id(length))
             builder.add_segment(self.target, number, size, content, writer)
 
@@ -199,21 +240,19 @@ class PushedDisk:
         writer: PackWriter,
         base: StoredBackup | None,
         segment: SegmentRef | None,
-        size: int,
-    ) -> Iterator[BlobId]:
+        grid: Grid,
+    ) -> bytes:
         """The chunks of a segment as they were in the base; cut anew where another program cut it."""
         if base is None or segment is None:
-            yield from (self._zero_id(length) for length in chunk_lengths(size))
-            return
-        content = base.content(segment)
-        if on_grid([length for _, length in content], size):
-            yield from (blob for blob, _ in content)
-            return
-        rest = bytearray()
-        for blob, _ in content:
+            return b"".join(self._zero_id(length) for _, length in grid.chunks(0, grid.size))
+        if found := read_segment(base, segment, grid.size):
+            return found.ids
+        rest, ids = bytearray(), bytearray()
+        for blob, _ in base.content(segment):
             rest += repository.load_blob(BlobKind.DATA, blob)
             while len(rest) >= CHUNK:
-                yield writer.add(BlobKind.DATA, bytes(rest[:CHUNK]))
+                ids += writer.add(BlobKind.DATA, bytes(rest[:CHUNK]))
                 del rest[:CHUNK]
         if rest:
-            yield writer.add(BlobKind.DATA, bytes(rest))
+            ids += writer.add(BlobKind.DATA, bytes(rest))
+        return bytes(ids)

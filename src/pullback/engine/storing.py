@@ -7,7 +7,7 @@ Everything here blocks and runs on threads; :class:`Storing` is used by one thre
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pullback
@@ -15,13 +15,15 @@ from pullback.engine.events import Emit, Note
 from pullback.engine.freezing import Snapshot
 from pullback.engine.pull import DiskCount, Pull
 from pullback.engine.push import PushedDisk, Writers
-from pullback.engine.survey import Offered, Survey, survey
+from pullback.engine.survey import Offered, Survey, read_segment, survey
 from pullback.errors import Damaged, RepositoryUnsupported
 from pullback.model.facts import Disk, Facts
 from pullback.model.manifest import BaseRef, DiskEntry, Manifest, parse_manifest
 from pullback.model.units import MIB, SEGMENT
 from pullback.nbd.address import Address
 from pullback.plan.base import Base, Full, Incremental, StoredPoint
+from pullback.plan.grid import Grid, cold_grid
+from pullback.plan.pull import segment_size
 from pullback.plan.selection import Selection
 from pullback.repository.layout import BackupBuilder, StoredBackup
 from pullback.repository.repository import Repository
@@ -73,6 +75,7 @@ class Storing:
             for base in prepared.bases.values()
             if isinstance(base, Incremental)
         }
+        self._likes: dict[str, StoredBackup] = {}
         self._builder: BackupBuilder | None = None
         self._stopped = False
         self.pull: Pull | None = None
@@ -106,9 +109,22 @@ class Storing:
         assert self.snapshot is not None
         return self.snapshot
 
-    def _base(self, target: str) -> tuple[StoredBackup, str] | None:
+    def base(self, target: str) -> tuple[StoredBackup, str] | None:
+        """The backup that a disk builds on, and the checkpoint it was made at."""
         base = self._prepared.bases[target]
         return (self._stored[base.backup], base.checkpoint) if isinstance(base, Incremental) else None
+
+    def _like(self, target: str) -> StoredBackup | None:
+        """The backup whose chunks a disk that is read whole is cut like."""
+        base = self._prepared.bases[target]
+        if not isinstance(base, Full) or base.like is None:
+            return None
+        try:
+            if base.like not in self._likes:
+                self._likes[base.like] = StoredBackup(self._repository, self._repository.find(base.like))
+        except Damaged:
+            return None
+        return self._likes[base.like]
 
     def _begin(self, threads: int) -> BackupBuilder:
         # What a full backup reads may be in the repository already; only the index tells.
@@ -139,7 +155,7 @@ class Storing:
     def _survey(self, address: Address, export: str, disk: Disk, exact: bool) -> Survey:
         offered = Offered(address, export, disk.target, disk.virtual_size, exact)
         try:
-            found = survey(offered, self._base(disk.target), let_go=True)
+            found = survey(offered, self.base(disk.target), self._like(disk.target), let_go=True)
         except Damaged as error:
             raise Damaged(
                 f"the last backup cannot be built on: {error.what}",
@@ -147,9 +163,13 @@ class Storing:
                 todo="Run the backup with --full, and look into the repository with restic check.",
             ) from error
         if found.distrust:
-            self._prepared.bases[disk.target] = Full(found.distrust)
-            self._emit(Note(f"Reading {disk.target} whole after all: {found.distrust}."))
+            self.distrust(disk.target, found.distrust)
         return found
+
+    def distrust(self, target: str, reason: str) -> None:
+        """Do not build on a disk's base after all: it is read whole."""
+        self._prepared.bases[target] = Full(reason)
+        self._emit(Note(f"Reading {target} whole after all: {reason}."))
 
     # -- push -----------------------------------------------------------------------------------------------------
 
@@ -157,15 +177,31 @@ class Storing:
         """The exports that QEMU is to push its disks to."""
         self._builder = self._begin(self._threads)
         writers = Writers(self._writers)
-        pushed = [PushedDisk(disk.target, disk.virtual_size, writers) for disk in self._prepared.selection.disks]
+        pushed = [
+            PushedDisk(disk.target, disk.virtual_size, writers, self._cut(disk))
+            for disk in self._prepared.selection.disks
+        ]
         self._counts = {disk.target: disk.count for disk in pushed}
         return pushed
+
+    def _cut(self, disk: Disk) -> Callable[[int], Grid]:
+        """How each segment of a pushed disk is cut: as in the backup it builds on, or is like."""
+        base = self.base(disk.target)
+        backup = base[0] if base else self._like(disk.target)
+        segments = {segment.number: segment for segment in backup.segments(disk.target)} if backup else {}
+
+        def cut(number: int) -> Grid:
+            size = segment_size(number, disk.virtual_size)
+            found = read_segment(backup, segments[number], size) if backup and number in segments else None
+            return found.grid if found else cold_grid(size)
+
+        return cut
 
     def finish_push(self, pushed: Sequence[PushedDisk]) -> None:
         """Build the segments of what was pushed."""
         assert self._builder is not None
         for disk in pushed:
-            base = self._base(disk.target)
+            base = self.base(disk.target)
             disk.finish(self._repository, self._builder, self._writers[0], base[0] if base else None)
 
     # -- commit ---------------------------------------------------------------------------------------------------

@@ -10,19 +10,21 @@ from __future__ import annotations
 import bisect
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from pullback.engine.pull import REQUEST, DiskSource, read_failed
-from pullback.errors import NbdRefused
+from pullback.engine.pull import REQUEST, BaseSegment, DiskSource, read_failed
+from pullback.errors import Damaged, NbdRefused
 from pullback.model.extents import Extent, Span, allocation, dirty_spans
-from pullback.model.units import align_up
+from pullback.model.units import CHUNK, align_up
 from pullback.nbd.address import Address
+from pullback.nbd.backend import Buffer
 from pullback.nbd.blocking import NbdConnection
+from pullback.plan.grid import DiskGrid, Grid, Slot, read_grid
 from pullback.plan.method import SAVED_UNIT
 from pullback.plan.pull import (
     clean_spans,
     fetch_spans,
-    on_grid,
+    next_grids,
     plan_segments,
     read_spans,
     segment_count,
@@ -87,67 +89,117 @@ def _saved(disk: Offered, spans: Sequence[Span]) -> Iterator[Extent]:
         yield from _allocation(connection, spans)
 
 
-def survey(disk: Offered, base: tuple[StoredBackup, str] | None, let_go: bool) -> Survey:
+@dataclass(slots=True)
+class _Base:
+    """What the base holds of a disk.
+
+    ``kept`` stay as they are, ``changed`` (by number) are built anew from it; of the segments ``whole`` it has nothing.
+    """
+
+    kept: list[SegmentRef] = field(default_factory=list)
+    changed: dict[int, BaseSegment] = field(default_factory=dict)
+    whole: list[int] = field(default_factory=list)
+
+    @property
+    def grids(self) -> dict[int, Grid]:
+        return {number: segment.grid for number, segment in self.changed.items()}
+
+
+def survey(disk: Offered, base: tuple[StoredBackup, str] | None, like: StoredBackup | None, let_go: bool) -> Survey:
     """Find out what to read of a frozen disk, and let everything else go.
 
-    ``base`` is the backup to build on and the checkpoint it was made at; None reads the whole disk.  Unless the view is
-    exact, what QEMU calls zero is only believed where the scratch, asked afterwards, holds nothing: old data is saved
-    before the domain's zeroes take its place.  SnapshotBroken when the frozen view is lost already.
+    ``base`` is the backup to build on and the checkpoint it was made at; None reads the whole disk, cut as in ``like``:
+    what did not change since is stored already.  Unless the view is exact, what QEMU calls zero is only believed where
+    the scratch, asked afterwards, holds nothing: old data is saved before the domain's zeroes take its place.
+    SnapshotBroken when the frozen view is lost already.
     """
-    size = disk.size
-    dirty = _dirty(disk, base[1]) if base else [Span(0, size)] if size else []
-    kept: list[SegmentRef] = []
-    chunks: dict[int, bytes] = {}
-    whole: list[int] = []
     distrust = ""
     if base:
-        kept, chunks, whole = _base(base[0], disk.target, size, dirty)
-        if kept or chunks:
+        dirty = _dirty(disk, base[1])
+        known = _base(base[0], disk.target, disk.size, dirty)
+        if known.kept or known.changed:
             distrust = _distrust(disk, base[0], dirty)
-    if distrust:
-        kept, chunks, whole, dirty = [], {}, [], [Span(0, size)]
-    fetch = fetch_spans(dirty, size, whole)
+    if base and not distrust:
+        grids = next_grids(dirty, known.grids)
+        fetch = fetch_spans(dirty, disk.size, known.grids, grids, known.whole)
+    else:
+        known, grids = _Base(), _grids(base[0] if base else like, disk)
+        fetch = [Span(0, disk.size)] if disk.size else []
+    grid = DiskGrid(disk.size, grids)
+    reads = _reads(disk, fetch, grid, let_go)
+    unit = REQUEST if disk.exact else SAVED_UNIT
+    segments = plan_segments(fetch, reads, grid)
+    return Survey(
+        DiskSource(disk.target, disk.address, disk.export, segments, known.changed, unit), reads, known.kept, distrust
+    )
+
+
+def _reads(disk: Offered, fetch: Sequence[Span], grid: DiskGrid, let_go: bool) -> list[Span]:
+    """The chunks to read, and everything else let go."""
     try:
         with NbdConnection.connect(disk.address, disk.export, contexts=[ALLOCATION]) as connection:
             status = list(_allocation(connection, fetch))
             if not disk.exact:
                 status += _saved(disk, fetch)
-            reads = read_spans(fetch, status, size)
+            reads = read_spans(fetch, status, grid)
             if let_go:
-                _trim(connection, clean_spans(reads, size))
+                _trim(connection, clean_spans(reads, disk.size))
     except NbdRefused as error:
         raise read_failed(disk.target, error) from error
-    source = DiskSource(
-        disk.target,
-        disk.address,
-        disk.export,
-        plan_segments(fetch, reads, size),
-        chunks,
-        REQUEST if disk.exact else SAVED_UNIT,
-    )
-    return Survey(source, reads, kept, distrust)
+    return reads
 
 
-def _base(
-    backup: StoredBackup, target: str, size: int, dirty: Sequence[Span]
-) -> tuple[list[SegmentRef], dict[int, bytes], list[int]]:
-    """Of the base's segments: those that stay, the chunk ids of those that change, those to read whole."""
+def _base(backup: StoredBackup, target: str, size: int, dirty: Sequence[Span]) -> _Base:
     touched = set(touched_segments(dirty))
-    kept, chunks, whole = [], {}, []
+    base = _Base()
     segments = backup.segments(target)
     if len(segments) != segment_count(size):
         # Another program laid the base out; nothing of it can be shared by place.
-        return [], {}, list(range(segment_count(size)))
+        return _Base(whole=list(range(segment_count(size))))
     for segment in segments:
         if segment.number not in touched:
-            kept.append(segment)
-            continue
-        content = backup.content(segment)
-        if on_grid([length for _, length in content], segment_size(segment.number, size)):
-            chunks[segment.number] = b"".join(blob for blob, _ in content)
+            base.kept.append(segment)
+        elif found := read_segment(backup, segment, segment_size(segment.number, size)):
+            base.changed[segment.number] = found
         else:
-            whole.append(segment.number)
-    return kept, chunks, whole
+            base.whole.append(segment.number)
+    return base
+
+
+def read_segment(backup: StoredBackup, segment: SegmentRef, size: int) -> BaseSegment | None:
+    """A stored segment and how it is cut; None when another program cut it, or it has another size."""
+    content = backup.content(segment)
+    grid = read_grid([length for _, length in content], size)
+    if grid is None:
+        return None
+    ids = b"".join(blob for blob, _ in content)
+    return BaseSegment(Grid(size, _with_empty(grid, ids)), ids)
+
+
+def _with_empty(grid: Grid, ids: bytes) -> bytes:
+    """The slots of a grid, with those that hold the chunk of zeroes marked as empty."""
+    zero, slots = bytes(blob_id(bytes(CHUNK))), bytearray(grid.slots)
+    if zero not in ids:
+        return grid.slots
+    for slot, number in enumerate(grid.numbers()[:-1]):
+        if slots[slot] == Slot.COLD and ids.startswith(zero, number * len(zero)):
+            slots[slot] = Slot.EMPTY
+    return bytes(slots)
+
+
+def _grids(like: StoredBackup | None, disk: Offered) -> dict[int, Grid]:
+    """How a disk that is read whole is to be cut: as it was last time, so that only what differs is stored."""
+    grids: dict[int, Grid] = {}
+    try:
+        for segment in like.segments(disk.target) if like else ():
+            inside = segment.number < segment_count(disk.size)
+            found = read_segment(like, segment, segment_size(segment.number, disk.size)) if like and inside else None
+            if found and not found.grid.all_cold:
+                grids[segment.number] = found.grid
+    except Damaged:
+        # A whole backup must be possible whatever became of the last one; cut otherwise, it takes more room.
+        return grids
+    return grids
 
 
 def _distrust(disk: Offered, backup: StoredBackup, dirty: Sequence[Span]) -> str:
@@ -156,7 +208,7 @@ def _distrust(disk: Offered, backup: StoredBackup, dirty: Sequence[Span]) -> str
     A disk that was shrunk and then grown again has lost its end without a bit being set (seen on QEMU 7.2).  Then the
     last clean piece that the base has data of is lost too: it is enough to compare that one.
     """
-    last = _last_data(backup, disk.target, dirty)
+    last = last_data(backup, disk.target, dirty)
     if last is None:
         return ""
     span, blob = last
@@ -170,12 +222,17 @@ def _distrust(disk: Offered, backup: StoredBackup, dirty: Sequence[Span]) -> str
                 at = end
     except NbdRefused as error:
         raise read_failed(disk.target, error) from error
+    return judge_last(data, blob)
+
+
+def judge_last(data: Buffer, blob: BlobId) -> str:
+    """Why the base is not used after all, if the last clean piece of data is not what the base has."""
     if blob_id(data) == blob:
         return ""
     return "content changed without a trace in the dirty bitmaps, as after shrinking and growing the disk"
 
 
-def _last_data(backup: StoredBackup, target: str, dirty: Sequence[Span]) -> tuple[Span, BlobId] | None:
+def last_data(backup: StoredBackup, target: str, dirty: Sequence[Span]) -> tuple[Span, BlobId] | None:
     """The last piece of the base that is not zero and shares no byte with ``dirty``."""
     ends = [span.end for span in dirty]
     zeroes: set[BlobId] = set()

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
-from pullback.model.units import align_down, align_up
-
 
 class Kind(IntEnum):
     """What a range of a disk holds: bytes worth reading, or zeroes."""
@@ -80,14 +78,6 @@ def allocation(status: Iterable[tuple[int, int, int]]) -> list[Extent]:
         else:
             result.append(Extent(offset, length, kind))
     return result
-
-
-def widened(spans: Iterable[Span], alignment: int, size: int) -> list[Span]:
-    """``spans`` grown outwards to multiples of ``alignment``, cut at the disk's ``size``."""
-    return merged(
-        (start := align_down(span.offset, alignment), min(align_up(span.end, alignment), size) - start)
-        for span in spans
-    )
 
 
 def complement(spans: Iterable[Span], size: int) -> list[Span]:

@@ -28,7 +28,7 @@ WRITABLE = "w"
 #: The nodes of a view that can be believed, in the order they are taken away.
 VIEW_ROLES = ("view", "align", "deny", "void")
 #: Nodes that read a frozen view, or are read beside it, in the order they are taken away.
-READER_ROLES = ("target", "probe", *VIEW_ROLES)
+READER_ROLES = ("target", "window", "probe", *VIEW_ROLES)
 
 #: Before this version, a request on a frozen view that begins in a range the domain has overwritten and ends beyond it
 #: is answered with the domain's new data (hbitmap_status() says of such a range that nothing was saved: seen on 7.2.22,

@@ -8,6 +8,9 @@ MIB = 1024 * KIB
 GIB = 1024 * MIB
 TIB = 1024 * GIB
 
+#: QEMU's sector: sizes and bounds of what it handles are multiples of it.
+SECTOR = 512
+
 #: Granularity of the dirty bitmaps pullback creates: one bit per this many bytes.  It is qcow2's default cluster
 #: size, below which QEMU's copy-before-write does not go either.
 BITMAP_GRANULARITY = 64 * KIB
@@ -15,12 +18,9 @@ BITMAP_GRANULARITY = 64 * KIB
 #: A disk is stored in pieces of this many bytes, each a directory of its own that backups share as a whole.
 SEGMENT = 256 * MIB
 
-#: The length of a chunk (one blob of the repository) where nothing else is known.
+#: The length of a chunk (one blob of the repository) where the disk is cold, and where it is hot: ``plan.grid``.
 CHUNK = 256 * KIB
-
-#: The bounds of a chunk's length; a chunk is a power of two, aligned to its own length.
-CHUNK_MIN = 64 * KIB
-CHUNK_MAX = 8 * MIB
+HOT_CHUNK = 64 * KIB
 
 
 def align_down(offset: int, alignment: int) -> int:

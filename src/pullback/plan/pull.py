@@ -5,18 +5,19 @@
                                               │
                                               └── everything else is clean: let go at once
 
-All spans are bytes of the disk, sorted; a fetch span begins and ends on a chunk's bounds (or at the disk's end).
+All spans are bytes of the disk, sorted; a fetch span begins and ends on the bounds of chunks (``plan.grid``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
-from pullback.model.extents import Extent, Kind, Span, complement, merged, widened
-from pullback.model.units import CHUNK, SEGMENT
+from pullback.model.extents import Extent, Kind, Span, complement, merged
+from pullback.model.units import SEGMENT
+from pullback.plan.grid import DiskGrid, Grid, newly_hot, next_grid
 
 
 class Act(IntEnum):
@@ -41,12 +42,13 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SegmentPull:
-    """One segment that is built anew: ``runs`` cover it exactly, in order."""
+    """One segment that is built anew: ``runs`` cover it exactly, in order, and are whole chunks of its ``grid``."""
 
     number: int
     offset: int
     size: int
     runs: tuple[Run, ...]
+    grid: Grid
 
 
 def segment_count(size: int) -> int:
@@ -59,20 +61,6 @@ def segment_size(number: int, size: int) -> int:
     return min(SEGMENT, size - number * SEGMENT)
 
 
-def chunk_lengths(size: int) -> Iterator[int]:
-    """The lengths of a segment's chunks, when it has ``size`` bytes."""
-    for offset in range(0, size, CHUNK):
-        yield min(CHUNK, size - offset)
-
-
-def on_grid(lengths: Sequence[int], size: int) -> bool:
-    """Whether chunks of these ``lengths`` are a segment of ``size`` bytes cut as pullback cuts it.
-
-    Another program may have stored the base (restic cuts by content); such a segment is read whole once.
-    """
-    return len(lengths) == -(-size // CHUNK) and all(a == b for a, b in zip(lengths, chunk_lengths(size), strict=True))
-
-
 def touched_segments(spans: Iterable[Span]) -> list[int]:
     """The numbers of the segments that the sorted ``spans`` share a byte with."""
     touched: list[int] = []
@@ -82,19 +70,55 @@ def touched_segments(spans: Iterable[Span]) -> list[int]:
     return touched
 
 
-def fetch_spans(dirty: Sequence[Span], size: int, whole: Collection[int] = ()) -> list[Span]:
-    """What must be fetched for these ``dirty`` spans: whole chunks, and whole segments where ``whole`` says so."""
-    segments = [Span(number * SEGMENT, segment_size(number, size)) for number in whole]
-    return merged(sorted([*widened(dirty, CHUNK, size), *segments]))
+def _by_segment(spans: Iterable[Span]) -> Iterator[tuple[int, list[Span]]]:
+    """Spans cut at the segments' bounds: the segment's number, and those in it by its own offsets."""
+    number, inside = -1, list[Span]()
+    for span in spans:
+        offset = span.offset
+        while offset < span.end:
+            if offset // SEGMENT != number:
+                if inside:
+                    yield number, inside
+                number, inside = offset // SEGMENT, []
+            end = min(span.end, (number + 1) * SEGMENT)
+            inside.append(Span(offset - number * SEGMENT, end - offset))
+            offset = end
+    if inside:
+        yield number, inside
 
 
-def read_spans(fetch: Sequence[Span], allocation: Iterable[Extent], size: int) -> list[Span]:
+def next_grids(dirty: Sequence[Span], base: Mapping[int, Grid]) -> dict[int, Grid]:
+    """How the segments of ``base`` that ``dirty`` touches are cut from now on."""
+    return {number: next_grid(base[number], inside) for number, inside in _by_segment(dirty) if number in base}
+
+
+def fetch_spans(
+    dirty: Sequence[Span],
+    size: int,
+    base: Mapping[int, Grid],
+    grids: Mapping[int, Grid],
+    whole: Collection[int] = (),
+) -> list[Span]:
+    """What must be fetched for these ``dirty`` spans: every chunk of the new ``grids`` that the base does not have.
+
+    ``base`` and ``grids`` say how the segments were and will be cut; of those in ``whole`` the base has nothing.
+    """
+    spans = DiskGrid(size, base).widened(dirty)
+    spans += [Span(number * SEGMENT, segment_size(number, size)) for number in whole]
+    for number, grid in grids.items():
+        if number in base:
+            start = number * SEGMENT
+            spans += [Span(start + span.offset, span.length) for span in newly_hot(base[number], grid)]
+    return merged(sorted(spans))
+
+
+def read_spans(fetch: Sequence[Span], allocation: Iterable[Extent], grid: DiskGrid) -> list[Span]:
     """The chunks among ``fetch`` that hold any data by the block status; the others are zero and need no reading.
 
     ``allocation`` may be in any order and overlap: what is data anywhere in it is data.
     """
     data = sorted(Span(extent.offset, extent.length) for extent in allocation if extent.kind is Kind.DATA)
-    return _intersection(widened(data, CHUNK, size), fetch)
+    return _intersection(grid.widened(data), fetch)
 
 
 def _intersection(left: Sequence[Span], right: Sequence[Span]) -> list[Span]:
@@ -142,7 +166,7 @@ def _cut_at_segments(runs: Iterable[Run]) -> Iterator[Run]:
             offset = end
 
 
-def plan_segments(fetch: Sequence[Span], read: Sequence[Span], size: int) -> Iterator[SegmentPull]:
+def plan_segments(fetch: Sequence[Span], read: Sequence[Span], grid: DiskGrid) -> Iterator[SegmentPull]:
     """The segments to build anew, in order, each made of runs to read, to fill with zeroes and to keep.
 
     ``read`` lies inside ``fetch``.  Segments that ``fetch`` does not touch are not yielded: they stay as they are.
@@ -152,15 +176,15 @@ def plan_segments(fetch: Sequence[Span], read: Sequence[Span], size: int) -> Ite
     for run in _cut_at_segments(_labelled(fetch, read)):
         if run.offset // SEGMENT != number:
             if runs:
-                yield _segment(number, runs, size)
+                yield _segment(number, runs, grid)
             number, runs = run.offset // SEGMENT, []
         runs.append(run)
     if runs:
-        yield _segment(number, runs, size)
+        yield _segment(number, runs, grid)
 
 
-def _segment(number: int, runs: Sequence[Run], size: int) -> SegmentPull:
-    offset, length = number * SEGMENT, segment_size(number, size)
+def _segment(number: int, runs: Sequence[Run], grid: DiskGrid) -> SegmentPull:
+    offset, length = number * SEGMENT, segment_size(number, grid.size)
     filled: list[Run] = []
     position = offset
     for run in runs:
@@ -170,4 +194,4 @@ def _segment(number: int, runs: Sequence[Run], size: int) -> SegmentPull:
         position = run.end
     if position < offset + length:
         filled.append(Run(position, offset + length - position, Act.KEEP))
-    return SegmentPull(number, offset, length, tuple(filled))
+    return SegmentPull(number, offset, length, tuple(filled), grid.segment(number))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pullback.model.chain import Edge
+from pullback.model.extents import Span
 from pullback.model.facts import Disk, Facts
 from pullback.model.snapshots import Names, current_server, foreign_exports
 from pullback.model.units import CHUNK
@@ -75,25 +76,43 @@ def start_push(parts: Sequence[PushPart], socket: str) -> Plan:
         if part.edges is not None:
             steps += _changes(part, part.edges)
             how = {"sync": "bitmap", "bitmap": PUSH_BITMAP, "bitmap-mode": "never"}
-        target = part.names.node("target")
-        steps.append(
-            Step(
-                "blockdev-add",
-                {
-                    "driver": "nbd",
-                    "node-name": target,
-                    "server": {"type": "unix", "path": socket},
-                    "export": part.target,
-                },
-                f"connect to our server, for {part.target}",
-            )
-        )
-        job = {
-            "job-id": part.names.id("push"),
-            "device": part.names.node(part.view),
-            "target": target,
-            "auto-dismiss": False,
-            **how,
-        }
-        steps.append(Step("blockdev-backup", job, f"push the frozen {part.target} to us"))
+        steps += _push(part, part.names.node(part.view), socket, how)
+    return Plan(tuple(steps))
+
+
+def push_window(part: PushPart, window: Span, socket: str) -> Plan:
+    """Push some bytes of a disk alone, to an export of just their length at ``socket``; both bounds are sectors'."""
+    name = part.names.node("window")
+    node = {
+        "driver": "raw",
+        "node-name": name,
+        "file": part.names.node(part.view),
+        "offset": window.offset,
+        "size": window.length,
+        "read-only": True,
+    }
+    steps = [Step("blockdev-add", node, f"{window.length} bytes of the frozen {part.target}")]
+    return Plan((*steps, *_push(part, name, socket, {"sync": "full"})))
+
+
+def _push(part: PushPart, source: str, socket: str, how: dict[str, Any]) -> list[Step]:
+    target = part.names.node("target")
+    server = {"type": "unix", "path": socket}
+    node = {"driver": "nbd", "node-name": target, "server": server, "export": part.target}
+    job = {"job-id": part.names.id("push"), "device": source, "target": target, "auto-dismiss": False, **how}
+    return [
+        Step("blockdev-add", node, f"connect to our server, for {part.target}"),
+        Step("blockdev-backup", job, f"push the frozen {part.target} to us"),
+    ]
+
+
+def end_push(part: PushPart, *, window: bool = False) -> Plan:
+    """Clear away a push that has concluded, of a disk or of a ``window`` of it, so that there can be another."""
+    job = part.names.id("push")
+    steps = [
+        Step("job-dismiss", {"id": job}, f"{part.target} is here"),
+        Step("blockdev-del", {"node-name": part.names.node("target")}, "leave our server"),
+    ]
+    if window:
+        steps.append(Step("blockdev-del", {"node-name": part.names.node("window")}, "nobody reads it any more"))
     return Plan(tuple(steps))
