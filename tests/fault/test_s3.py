@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import socket
@@ -220,6 +221,16 @@ def test_a_lie_is_caught_and_the_file_is_named(stage: S3Stage, proxy: FaultProxy
     named = "file config" if kind is FileKind.CONFIG else f"file {kind.value}/"
     assert named in str(caught.value)
     assert kind is FileKind.CONFIG or any(name in str(caught.value) for name in names)
+
+
+def test_a_part_that_is_too_short_is_told_by_its_length(stage: S3Stage, proxy: FaultProxy) -> None:
+    store, data = stage.open().store, os.urandom(MIB)
+    name = hashlib.sha256(data).hexdigest()
+    store.save(FileKind.DATA, name, data)
+    proxy.fault(shorten, "GET", "/data/")
+    with pytest.raises(Damaged, match=f"{name} is too short"):
+        store.load(FileKind.DATA, name, 10, 1000)
+    assert store.load(FileKind.DATA, name, 10, 1000) == data[10:1010]
 
 
 @pytest.mark.parametrize("kind", [FileKind.DATA, FileKind.INDEX, FileKind.SNAPSHOTS, FileKind.CONFIG, FileKind.KEYS])
