@@ -33,6 +33,7 @@ from pullback.repository.blob import BlobId, BlobKind, PackId, blob_id
 from pullback.repository.layout import SEGMENT, StoredBackup
 from pullback.repository.locks import RepositoryLock
 from pullback.repository.repository import Repository
+from pullback.repository.snapshots import LATEST, Snapshot, find_snapshot
 
 ImageFormat = Literal["qcow2", "raw"]
 
@@ -103,7 +104,7 @@ class Restore:
         if self._stopped:
             self._lock.give_up()
         with self._locked(self._lock):
-            snapshot = repository.find(self._request.backup)
+            snapshot = self._find(repository)
             stored = StoredBackup(repository, snapshot)
             manifest = parse_manifest(stored.manifest_bytes())
             disks = choose_disks(manifest, self._request.disks)
@@ -114,6 +115,24 @@ class Restore:
             for disk in disks
         )
         return RestoreResult(snapshot.id, manifest, done, time.monotonic() - begin)
+
+    def _find(self, repository: Repository) -> Snapshot:
+        """The backup asked for; a broken snapshot file is in the way only of what is asked for as the newest."""
+        broken: list[Damaged] = []
+        known = repository.snapshots(broken=broken.append)
+        if broken and self._request.backup.rpartition("@")[2] == LATEST:
+            raise Damaged(
+                f"it cannot be told which backup is the newest: {broken[0].what}",
+                means="Nothing was written.",
+                todo="Name a backup by its id: pullback list shows those that can be read.",
+            )
+        try:
+            found = find_snapshot(known, self._request.backup)
+        except RepositoryError as error:
+            raise (broken[0] if broken else error) from None  # it may be the broken one
+        for damage in broken:
+            self._emit(Note(f"{damage.what}."))
+        return found
 
     @contextmanager
     def _locked(self, lock: RepositoryLock) -> Iterator[None]:
