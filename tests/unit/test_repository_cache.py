@@ -16,8 +16,12 @@ from pullback.repository import index_loader
 from pullback.repository.blob import BlobId, BlobKind, blob_id
 from pullback.repository.cache_folder import UNUSED_SECONDS, CacheFolder, default_cache_directory
 from pullback.repository.cached_store import CachedStore
+from pullback.repository.documents import save_document
+from pullback.repository.index import encode_index
+from pullback.repository.index_cache import CacheBroken, IndexCache, Secrets
 from pullback.repository.local_store import LocalStore
 from pullback.repository.object_store import ObjectStore
+from pullback.repository.pack import parse_pack
 from pullback.repository.repository import Repository
 from pullback.repository.store import FileKind
 from tests.support.backups import new_repository
@@ -168,6 +172,28 @@ def test_a_cache_of_another_repository_is_not_believed(place: Path, tmp_path: Pa
     opened.file.rename(opened.cache / other.id / "index")
     index = Opened(tmp_path / "other", opened.cache).repository.load_index()
     assert len(index) == 0
+
+
+def test_a_cache_of_another_repository_with_the_same_keys_is_not_believed(place: Path) -> None:
+    opened = Opened(place)
+    assert opened.knows_all()
+    secrets = Secrets(opened.repository._key)
+    assert len(IndexCache(opened.file, secrets, opened.repository.id)) == 40
+    with pytest.raises(CacheBroken, match="another repository"):
+        IndexCache(opened.file, secrets, "0" * 64)
+
+
+def test_a_pack_that_two_index_files_name_is_folded_in_once(place: Path) -> None:
+    opened = Opened(place)
+    assert opened.knows_all()
+    (pack, *_) = opened.repository.index.packs
+    blobs = parse_pack((place / "repo" / "data" / pack.hex()[:2] / pack.hex()).read_bytes(), opened.repository._key)
+    document = encode_index({pack: blobs})
+    save_document(opened.repository.store, opened.repository._key, 2, FileKind.INDEX, document)
+    again = Opened(place)
+    assert len(again.repository.index) == 40
+    assert len(again.read) == 1
+    assert all(len(list(again.repository.index.lookup_all(one.kind, one.id))) == 1 for one in blobs)
 
 
 @pytest.mark.parametrize("how", ["a file stands there", "no room", "others may write there", "nobody may"])

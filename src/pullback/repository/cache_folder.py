@@ -142,5 +142,5 @@ def _remove_unused(directory: Path) -> None:
     """Folders of repositories that were not used for long.  Only those with our mark: restic's are named alike."""
     for folder in directory.iterdir():
         mark = folder / _MARK
-        if ID_NAME.fullmatch(folder.name) and mark.is_file() and _age(mark) > UNUSED_SECONDS:
+        if ID_NAME.fullmatch(folder.name) and _age(mark) > UNUSED_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)
