@@ -196,15 +196,14 @@ class StoredBackup:
     def content(self, segment: SegmentRef) -> list[tuple[BlobId, int]]:
         """The blobs of a segment in order, each with its plain length in bytes; they add up to the segment's size."""
         node = self._file(segment.subtree_id)
-        index, blobs = self._repository.index, []
+        content = node.content or ()
+        distinct = list(dict.fromkeys(content))
         lengths: dict[BlobId, int] = {}
-        for blob in node.content or ():
-            if blob not in lengths:
-                place = index.lookup(BlobKind.DATA, blob)
-                if place is None:
-                    raise Damaged(f"The data blob {blob.hex()} of the backup {self.snapshot.short_id} is missing")
-                lengths[blob] = place.uncompressed_length
-            blobs.append((blob, lengths[blob]))
+        for blob, length in zip(distinct, self._repository.index.lengths(BlobKind.DATA, distinct), strict=True):
+            if length is None:
+                raise Damaged(f"The data blob {blob.hex()} of the backup {self.snapshot.short_id} is missing")
+            lengths[blob] = length
+        blobs = [(blob, lengths[blob]) for blob in content]
         total = sum(length for _, length in blobs)
         if not total == node.size == segment.size:
             raise self._wrong(f"segment {segment.number} has {total} bytes instead of {segment.size}")
