@@ -161,6 +161,8 @@ async def uncancelled(work: Coroutine[Any, Any, T]) -> T:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # the cancellation is what is told
         raise
 
 

@@ -36,10 +36,11 @@ class BlobLoader:
     def load(self, kind: BlobKind, blob: BlobId) -> bytes:
         """The plain bytes of a blob, from the first place it lies at that is good.
 
-        Raises Damaged, naming pack and blob, if none is.
+        Raises Damaged, naming pack and blob, if none is, each read twice: what was damaged may have been the answer.
         """
         failure = None
-        for place in self._index().lookup_all(kind, blob):
+        places = list(self._index().lookup_all(kind, blob))
+        for place in [*places, *places]:
             try:
                 sealed = self._store.load(FileKind.DATA, place.pack_id.hex(), place.offset, place.length)
                 return self.open(blob, place, sealed)
