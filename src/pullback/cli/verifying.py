@@ -11,7 +11,7 @@ import typer
 from pullback.cli import options as opt
 from pullback.cli.backups import manifest_json
 from pullback.cli.interrupts import run_interruptible
-from pullback.cli.passwords import repository_opener
+from pullback.cli.passwords import CacheOptions, repository_opener
 from pullback.cli.reporter import Reporter
 from pullback.cli.repositories import Backups, OfDomain
 from pullback.engine.events import Note
@@ -35,11 +35,14 @@ def show(
     repo: opt.Repo = None,
     password_file: opt.PasswordFile = None,
     password_command: opt.PasswordCommand = None,
+    cache_dir: opt.CacheDir = None,
+    no_cache: opt.NoCache = False,
     config: opt.ConfigFile = None,
     json: opt.Json = False,
 ) -> None:
     """Show what a backup says of itself."""
-    opener = repository_opener(opt.repository_options(repo, password_file, password_command, opt.load_config(config)))
+    where = opt.repository_options(repo, password_file, password_command, opt.load_config(config))
+    opener = repository_opener(where, opt.cache_options(cache_dir, no_cache, json))
     from pullback.engine.listing import show_stored
 
     reporter = Reporter(json)
@@ -111,7 +114,9 @@ def verify(
     """Verify backups; say which bytes of which disks damage touches."""
     if bool(backup) == (everything or (domain is not None and not backup)):
         raise UsageError("either backups or --all has to be given", todo="pullback verify --all, for instance.")
-    opener = repository_opener(opt.repository_options(repo, password_file, password_command, opt.load_config(config)))
+    where = opt.repository_options(repo, password_file, password_command, opt.load_config(config))
+    # What is verified is the repository, its index files included, not what was copied from there.
+    opener = repository_opener(where, CacheOptions(none=True))
     from pullback.engine.verify import Verification, VerifyRequest
 
     reporter = Reporter(json)
