@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from pullback.errors import RepositoryExists
 from pullback.repository import locks, pack, writer
 from tests.support.backups import new_repository, open_repository, read_disk, store_backup
 from tests.support.restic import Restic, needs_restic
@@ -179,10 +178,6 @@ def test_a_lock_of_the_dead_costs_its_successor_nothing(tmp_path: Path) -> None:
     life.recovers()
 
 
-BEGUN = "A repository whose making was killed between key and config can neither be opened nor made again"
-
-
-@pytest.mark.xfail(reason=BEGUN, raises=RepositoryExists, strict=True)
 def test_init_killed_at_every_call(tmp_path: Path) -> None:
     """There is no repository, and it can be made; or there is one, and it works."""
     calls = calls_of(lambda: new_repository(tmp_path / "calls"))

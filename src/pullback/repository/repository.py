@@ -76,18 +76,14 @@ class Repository:
     def init(cls, store: Store, password: str, *, version: int = VERSION, cost: ScryptCost | None = None) -> Repository:
         """Make a new repository; raises RepositoryExists if there is one, or UsageError for an empty password.
 
-        The config is written last: before it, there is no repository.  `cost` is for tests.
+        The config is written last: before it, there is no repository, and what an init that was killed has left is
+        replaced.  `cost` is for tests.
         """
         if not password:
             raise UsageError("The repository's password is empty", todo="Set RESTIC_PASSWORD or RESTIC_PASSWORD_FILE.")
         if version not in READABLE_VERSIONS:
             raise RepositoryUnsupported(f"Repositories of version {version} cannot be made")
-        if store.exists(FileKind.CONFIG, CONFIG) or any(True for _ in store.list(FileKind.KEYS)):
-            raise RepositoryExists(
-                f"There is a repository at {store.location} already",
-                means="It was left as it is.",
-                todo="Use it with its password, or choose another place.",
-            )
+        left = _keys_of_a_killed_init(store)
         key, who = Key.generate(), current_account()
         name, content = make_key_file(
             key,
@@ -105,6 +101,9 @@ class Repository:
         store.create()
         store.save(FileKind.KEYS, name, content)
         save_document(store, key, version, FileKind.CONFIG, json.dumps(config, separators=(",", ":")).encode())
+        for stray in left:
+            # With the same password it would open, and then the config would not.
+            store.remove(FileKind.KEYS, stray)
         return cls(store, key, str(config["id"]), version)
 
     @classmethod
@@ -279,6 +278,18 @@ class Repository:
         self._pending.reset()
         with self._index_lock:
             self._index_loaded = False
+
+
+def _keys_of_a_killed_init(store: Store) -> list[str]:
+    """The keys at a place where a repository can be made; RepositoryExists where there is one, or what it held."""
+    kinds = (FileKind.DATA, FileKind.INDEX, FileKind.SNAPSHOTS)
+    if store.exists(FileKind.CONFIG, CONFIG) or any(True for kind in kinds for _ in store.list(kind)):
+        raise RepositoryExists(
+            f"There is a repository at {store.location} already",
+            means="It was left as it is.",
+            todo="Use it with its password, or choose another place.",
+        )
+    return [name for name, _ in store.list(FileKind.KEYS)]
 
 
 def _find_key(store: Store, password: str) -> Key:
