@@ -69,6 +69,8 @@ def test_there_must_be_a_repository(tmp_path: Path) -> None:
 
 
 def test_init_leaves_a_repository_alone(place: Path, repository: Repository) -> None:
+    with repository.new_writer() as writer:
+        writer.add(BlobKind.DATA, b"what is not to be lost")
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     with pytest.raises(RepositoryExists):
         new_repository(place)
