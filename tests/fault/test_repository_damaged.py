@@ -21,7 +21,7 @@ from pullback.errors import Damaged, PullbackError
 from pullback.repository import locks
 from tests.support.backups import new_repository, open_repository, store_backup
 from tests.support.cli import MANIFEST
-from tests.support.product import MIB, Stage, leftovers, references, same
+from tests.support.product import KIB, MIB, Stage, leftovers, references, same
 
 pytestmark = pytest.mark.damages_repository("that is what it is about")
 
@@ -248,7 +248,29 @@ def test_a_damaged_snapshot_file_hides_no_other_backup(good: Good, copy: Path, t
     assert [victim.name in str(one) for one in told] == [True]
 
 
-@pytest.mark.parametrize("kind", ["config", "key", "index", "snapshot", "lock"])
+def test_a_broken_snapshot_file_is_no_base_and_stops_no_backup(
+    lab_dir: Path, bare_qemu: Callable[..., BareQemu]
+) -> None:
+    stage = Stage(lab_dir)
+    qemu = bare_qemu([stage.disk("vda", MIB)], running=True)
+    qemu.device_write("vda", 0, MIB, os.urandom(4096))
+    first = stage.backup(qemu)
+    qemu.device_write("vda", 0, 4096, 1)
+    victim = stage.repo / "snapshots" / stage.backup(qemu).id
+    whole = victim.read_bytes()
+    replace(victim, _flip(0.3)(whole))
+    qemu.device_write("vda", 500 * KIB, 4096, 2)
+    state = references(qemu)
+    done = stage.cli_backup(qemu, "--json")
+    assert done.code == 0
+    assert any(victim.name in event["message"] for event in done.events if event["event"] == "note")
+    (disk,) = done.event("backup")["disks"]
+    assert (disk["mode"], disk["base"]["backup"]) == ("incremental", first.id)
+    replace(victim, whole)
+    same(stage.contents("latest"), state)
+
+
+@pytest.mark.parametrize("kind", ["config", "key", "index", "lock"])
 def test_a_backup_into_a_damaged_repository_touches_nothing(
     lab_dir: Path, bare_qemu: Callable[..., BareQemu], kind: str
 ) -> None:
@@ -258,14 +280,13 @@ def test_a_backup_into_a_damaged_repository_touches_nothing(
     first = stage.backup(qemu)
     _with_lock(stage.repo)
     folder = {"config": stage.repo, "key": stage.repo / "keys", "lock": stage.repo / "locks"}.get(kind)
-    folder = folder or stage.repo / {"index": "index", "snapshot": "snapshots"}[kind]
+    folder = folder or stage.repo / "index"
     victim = next(path for path in folder.iterdir() if path.is_file())
     whole = victim.read_bytes()
     replace(victim, _flip(0.3)(whole))
     before = sorted(path for path in stage.repo.rglob("*") if path.is_file())
     bitmaps = qemu.bitmaps("vda")
-    # A full backup builds on no other one, so it needs no snapshot file.
-    for arguments in ([], ["--full"]) if kind != "snapshot" else ([],):
+    for arguments in ([], ["--full"]):
         done = stage.cli_backup(qemu, *arguments)
         assert done.code == DAMAGED, done.err
         assert victim.name in done.err

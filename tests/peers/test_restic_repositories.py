@@ -69,10 +69,6 @@ def test_what_restic_backup_stored_is_listed_and_restored(lab_dir: Path, version
         assert file.read() == disk
 
 
-OLD_FORMAT = "A backup into a repository of format 1 is made, and in that format; it is to be read-only"
-
-
-@pytest.mark.xfail(reason=OLD_FORMAT, strict=True)
 def test_nothing_is_written_into_a_repository_of_format_1(lab_dir: Path, bare_qemu: Start) -> None:
     stage = Stage(lab_dir)
     use(stage, lab_dir / "old", "1")

@@ -4,6 +4,8 @@
     lock repository ─► observe ─► choose bases ─► freeze (new checkpoint) ─► export ─► survey ─► pull
         ─► end the snapshot ─► packs ─► index ─► snapshot file ─► merge old checkpoints away
 
+With a proof, packs and index come before the snapshot's end, and between them everything is read back and compared.
+
 The backup exists when its snapshot file does.  Before that, a failure takes the new checkpoint back and leaves the
 chain as it was; being killed leaves an orphan checkpoint, which is harmless and goes with the next backup.
 """
@@ -14,12 +16,12 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from pullback.engine.domain import Domain, DomainAddress, open_domain
-from pullback.engine.events import DiskPlanned, Emit, Frozen, Note, Progress
+from pullback.engine.events import DiskPlanned, Emit, Frozen, Note
 from pullback.engine.exporting import ExportRequest
 from pullback.engine.freezing import Freeze, Snapshot, SnapshotRequest
 from pullback.engine.pushing import push_disks
@@ -33,6 +35,7 @@ from pullback.model.snapshots import current_server
 from pullback.nbd.address import UnixAddress
 from pullback.plan.base import Incremental, choose_bases
 from pullback.plan.method import FROZEN_VIEW_EXACT, Method
+from pullback.plan.prove import SAMPLE, Prove, Proved, refuse_pushed
 from pullback.plan.push import choose_transport
 from pullback.plan.retention import checkpoint_name, checkpoints_to_remove
 from pullback.plan.selection import select_disks
@@ -56,11 +59,15 @@ class BackupRequest:
     keep_checkpoints: int = 4
     lock_retry: float = 0.0
     threads: int = 0
+    prove: Prove | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class BackupResult:
-    """A committed backup; ``bytes_stored`` are the bytes of packs that the repository grew by."""
+    """A committed backup; ``bytes_stored`` are the bytes of packs that the repository grew by.
+
+    ``proved`` says how much of it was compared with the frozen disks; None when that was not asked for.
+    """
 
     id: str
     manifest: Manifest
@@ -68,6 +75,7 @@ class BackupResult:
     bytes_stored: int
     seconds: float
     paused_seconds: float
+    proved: Proved | None = None
 
 
 async def run_backup(
@@ -75,9 +83,9 @@ async def run_backup(
 ) -> BackupResult:
     """Make one backup and commit it.
 
-    Raises DomainError, Refused, SnapshotBroken, TransferError or RepositoryError; then no backup was made, earlier
-    ones and the chain are as they were, and nothing of ours is left in QEMU (or, if QEMU could not be reached any
-    more, the next run clears it).
+    Raises DomainError, Refused, SnapshotBroken, TransferError, ProofFailed or RepositoryError; then no backup was made,
+    earlier ones and the chain are as they were, and nothing of ours is left in QEMU (or, if QEMU could not be reached
+    any more, the next run clears it).  For a proof the repository is opened a second time.
     """
     begin = asyncio.get_running_loop().time()
     opening = asyncio.ensure_future(asyncio.to_thread(open_repository))
@@ -85,7 +93,7 @@ async def run_backup(
         async with open_domain(request.domain, trace=trace) as domain:
             repository = await opening
             async with _locked(repository, request, emit):
-                return await _backup(domain, repository, request, emit, begin)
+                return await _backup(domain, repository, request, open_repository, emit, begin)
     finally:
         if not opening.done():
             await asyncio.wait({opening})
@@ -119,6 +127,7 @@ async def plan_backup(
 
 @asynccontextmanager
 async def _locked(repository: Repository, request: BackupRequest, emit: Emit) -> AsyncIterator[None]:
+    repository.check_writable()
     lock = repository.lock(retry=request.lock_retry, waiting=lambda message: emit(Note(message)))
     acquiring = asyncio.ensure_future(asyncio.to_thread(lock.acquire))
     try:
@@ -136,7 +145,12 @@ async def _locked(repository: Repository, request: BackupRequest, emit: Emit) ->
 
 
 async def _backup(
-    domain: Domain, repository: Repository, request: BackupRequest, emit: Emit, begin: float
+    domain: Domain,
+    repository: Repository,
+    request: BackupRequest,
+    reopen: Callable[[], Repository],
+    emit: Emit,
+    begin: float,
 ) -> BackupResult:
     # Unusable bitmaps stay until the backup is stored: they tell why it had to read a disk whole.
     for cleared in await domain.clear_stale():
@@ -145,7 +159,7 @@ async def _backup(
     _tell(prepared, emit)
     storing = Storing(repository, prepared, request.threads, emit)
     try:
-        await _store(domain, request, prepared, storing, emit)
+        await _store(domain, request, prepared, storing, reopen, emit)
         await _forget_checkpoints(domain, repository.id, prepared, request.keep_checkpoints, emit)
     except asyncio.CancelledError:
         # Asked to end when the backup existed already: all that was left to do is done, or waits for the next one.
@@ -159,10 +173,18 @@ async def _backup(
         bytes_stored=repository.bytes_stored,
         seconds=asyncio.get_running_loop().time() - begin,
         paused_seconds=storing.paused_seconds,
+        proved=storing.proved,
     )
 
 
-async def _store(domain: Domain, request: BackupRequest, prepared: Prepared, storing: Storing, emit: Emit) -> None:
+async def _store(
+    domain: Domain,
+    request: BackupRequest,
+    prepared: Prepared,
+    storing: Storing,
+    reopen: Callable[[], Repository],
+    emit: Emit,
+) -> None:
     """Freeze, transfer, commit; when this returns the backup exists and nothing of it is left in QEMU."""
     async with domain.temporary_snapshot(_snapshot_request(request, prepared)) as snapshot:
         storing.snapshot = snapshot
@@ -170,7 +192,7 @@ async def _store(domain: Domain, request: BackupRequest, prepared: Prepared, sto
         if request.freeze == "try" and snapshot.consistency == "crash":
             emit(Note("No guest agent answered: the point is crash-consistent."))
         try:
-            await _transfer(domain, prepared, snapshot, storing, emit)
+            await _transfer(domain, prepared, snapshot, storing, reopen, emit)
             await domain.end_snapshot(snapshot.id)
             await uncancelled(_commit(storing, snapshot))
         except NbdDisconnected as error:
@@ -198,6 +220,8 @@ async def _prepare(domain: Domain, repository: Repository, request: BackupReques
     facts = await domain.facts()
     name = check_name(domain.name_of(facts), "domain")
     selection = select_disks(facts, request.disks)
+    if request.prove:
+        refuse_pushed(facts, selection.disks)
     for disk in selection.disks:
         check_disk_name(disk.target)
     chains = {disk.target: read_chain(disk.bitmaps) for disk in selection.disks}
@@ -206,7 +230,7 @@ async def _prepare(domain: Domain, repository: Repository, request: BackupReques
     )
     tracked = any(not disk.untracked for disk in selection.disks)
     checkpoint = checkpoint_name(repository.id, datetime.now(UTC), secrets.token_hex(2)) if tracked else None
-    return Prepared(name, facts, selection, bases, checkpoint)
+    return Prepared(name, facts, selection, bases, checkpoint, request.prove)
 
 
 def _tell(prepared: Prepared, emit: Emit) -> None:
@@ -218,6 +242,11 @@ def _tell(prepared: Prepared, emit: Emit) -> None:
             emit(DiskPlanned(disk.target, "incremental", f"since {base.checkpoint}", disk.virtual_size))
         else:
             emit(DiskPlanned(disk.target, "full", base.reason, disk.virtual_size))
+    if prepared.prove:
+        some = "all unchanged ones" if prepared.prove == "all" else f"{SAMPLE:,} random unchanged ones of each disk"
+        emit(
+            Note(f"Before the backup counts as one, all changed chunks and {some} are compared with the frozen disks.")
+        )
 
 
 def _snapshot_request(request: BackupRequest, prepared: Prepared) -> SnapshotRequest:
@@ -231,8 +260,18 @@ def _snapshot_request(request: BackupRequest, prepared: Prepared) -> SnapshotReq
     )
 
 
-async def _transfer(domain: Domain, prepared: Prepared, snapshot: Snapshot, storing: Storing, emit: Emit) -> None:
-    """Bring the frozen disks here: pulled over QEMU's NBD server, or pushed where that must not or cannot be."""
+async def _transfer(
+    domain: Domain,
+    prepared: Prepared,
+    snapshot: Snapshot,
+    storing: Storing,
+    reopen: Callable[[], Repository],
+    emit: Emit,
+) -> None:
+    """Bring the frozen disks here: pulled over QEMU's NBD server, or pushed where that must not or cannot be.
+
+    What was pulled is proved here, too, if it is to be: the export ends with this.
+    """
     facts = await domain.facts()
     exact = facts.version >= FROZEN_VIEW_EXACT
     with work_directory(DEFAULT_BASE, domain.session.peer) as place:
@@ -243,10 +282,14 @@ async def _transfer(domain: Domain, prepared: Prepared, snapshot: Snapshot, stor
             try:
                 await domain.offer(snapshot, _export_request(prepared, snapshot, address, saved=not exact))
             except DomainBusy:
+                if prepared.prove:
+                    raise
                 emit(Note("Another program uses QEMU's NBD server: having the disks pushed instead."))
             else:
                 names = {target: _export_name(snapshot, target) for target in snapshot.targets}
                 await _watched(storing, asyncio.to_thread(storing.run_pull, address, names, exact), emit)
+                if prepared.prove:
+                    await _watched(storing, asyncio.to_thread(storing.prove, reopen), emit)
                 return
         await _watched(storing, push_disks(domain, prepared, snapshot, storing, socket), emit)
 
@@ -276,15 +319,16 @@ async def _watched(storing: Storing, work: Coroutine[Any, Any, None], emit: Emit
     task = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait({task}, timeout=_PROGRESS_EVERY))[0]:
-            if storing.total:
-                emit(Progress("backup", storing.done, storing.total))
+            if storing.progress.total:
+                emit(storing.progress)
     except asyncio.CancelledError:
         storing.stop()
         await asyncio.wait({task})
         task.exception()  # whatever came of it, it was cut off
         raise
     task.result()
-    emit(Progress("backup", storing.total, storing.total))
+    total = storing.progress.total
+    emit(replace(storing.progress, done=total))
 
 
 async def _commit(storing: Storing, snapshot: Snapshot) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pullback
-from pullback.engine.events import Emit, Note
+from pullback.engine.events import Emit, Note, Progress
 from pullback.engine.freezing import Snapshot
-from pullback.engine.pull import DiskCount, Pull
+from pullback.engine.prove import Proving
+from pullback.engine.pull import DiskCount, DiskSource, Pull
 from pullback.engine.push import PushedDisk, Writers
 from pullback.engine.survey import Offered, Survey, read_segment, survey
 from pullback.errors import Damaged, RepositoryUnsupported
@@ -23,6 +24,7 @@ from pullback.model.units import MIB, SEGMENT
 from pullback.nbd.address import Address
 from pullback.plan.base import Base, Full, Incremental, StoredPoint
 from pullback.plan.grid import Grid, cold_grid
+from pullback.plan.prove import Proof, Prove, Proved
 from pullback.plan.pull import segment_size
 from pullback.plan.selection import Selection
 from pullback.repository.layout import BackupBuilder, StoredBackup
@@ -38,7 +40,12 @@ _BYTES_PER_THREAD = 64 * MIB
 
 def stored_points(repository: Repository, domain: str, emit: Emit) -> Iterator[StoredPoint]:
     """The backups of a domain that an incremental one may build on, newest first; damaged ones are passed over."""
-    for snapshot in reversed(repository.snapshots(domain)):
+
+    def broken(error: Damaged) -> None:
+        # Were it the newest backup's, an older one would be the base: more to read, and right all the same.
+        emit(Note(f"Passing over a backup as a base: {error.what}."))
+
+    for snapshot in reversed(repository.snapshots(domain, broken)):
         if TAG not in snapshot.tags:
             continue
         try:
@@ -51,13 +58,17 @@ def stored_points(repository: Repository, domain: str, emit: Emit) -> Iterator[S
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """All that is decided before anything is touched; ``bases`` are by target."""
+    """All that is decided before anything is touched; ``bases`` are by target.
+
+    ``prove`` says how much is compared with the frozen disks before the backup counts as one; None: nothing.
+    """
 
     name: str
     facts: Facts
     selection: Selection
     bases: dict[str, Base]
     checkpoint: str | None
+    prove: Prove | None = None
 
 
 class Storing:
@@ -71,28 +82,36 @@ class Storing:
         self._writers: list[PackWriter] = []
         self._counts: Mapping[str, DiskCount] = {}
         self._stored = {
-            base.backup: StoredBackup(repository, repository.find(base.backup))
+            base.backup: StoredBackup(repository, repository.snapshot(base.backup))
             for base in prepared.bases.values()
             if isinstance(base, Incremental)
         }
         self._likes: dict[str, StoredBackup] = {}
         self._builder: BackupBuilder | None = None
         self._stopped = False
+        self._proofs: list[tuple[DiskSource, Proof]] = []
+        self._proving: Proving | None = None
+        self._unsaved: tuple[Manifest, SnapshotFile] | None = None
+        self._to_read = 0
         self.pull: Pull | None = None
-        self.total = 0
         self.snapshot: Snapshot | None = None
         self.committed: tuple[Manifest, str] | None = None
 
     @property
-    def done(self) -> int:
-        """Bytes read so far."""
-        return self.pull.done if self.pull is not None else sum(count.read for count in self._counts.values())
+    def progress(self) -> Progress:
+        """How far it is: in reading the disks, later in proving the backup."""
+        if self._proving is not None:
+            return Progress("prove", self._proving.done, self._proving.total)
+        done = self.pull.done if self.pull is not None else sum(count.read for count in self._counts.values())
+        return Progress("backup", done, self._to_read)
 
     def stop(self) -> None:
         """End the pull soon, from any thread."""
         self._stopped = True
         if self.pull is not None:
             self.pull.stop()
+        if self._proving is not None:
+            self._proving.stop()
 
     @property
     def paused_seconds(self) -> float:
@@ -121,7 +140,7 @@ class Storing:
             return None
         try:
             if base.like not in self._likes:
-                self._likes[base.like] = StoredBackup(self._repository, self._repository.find(base.like))
+                self._likes[base.like] = StoredBackup(self._repository, self._repository.snapshot(base.like))
         except Damaged:
             return None
         return self._likes[base.like]
@@ -141,13 +160,14 @@ class Storing:
         """
         disks = self._prepared.selection.disks
         surveys = [self._survey(address, exports[disk.target], disk, exact) for disk in disks]
-        self.total = sum(one.to_read for one in surveys)
-        builder = self._builder = self._begin(1 + self.total // _BYTES_PER_THREAD)
+        self._to_read = sum(one.to_read for one in surveys)
+        self._proofs = [(one.source, one.proof) for one in surveys if one.proof]
+        builder = self._builder = self._begin(1 + self._to_read // _BYTES_PER_THREAD)
         for one in surveys:
             builder.add_disk(one.source.target)
             for segment in one.kept:
                 builder.keep_segment(one.source.target, segment.number, segment.subtree_id)
-        self.pull = Pull(builder, [one.source for one in surveys], let_go=True)
+        self.pull = Pull(builder, [one.source for one in surveys], let_go=not self._prepared.prove)
         if not self._stopped:
             self.pull.run(self._writers)
         self._counts = self.pull.counts
@@ -155,7 +175,7 @@ class Storing:
     def _survey(self, address: Address, export: str, disk: Disk, exact: bool) -> Survey:
         offered = Offered(address, export, disk.target, disk.virtual_size, exact)
         try:
-            found = survey(offered, self.base(disk.target), self._like(disk.target), let_go=True)
+            found = survey(offered, self.base(disk.target), self._like(disk.target), self._prepared.prove)
         except Damaged as error:
             raise Damaged(
                 f"the last backup cannot be built on: {error.what}",
@@ -204,10 +224,52 @@ class Storing:
             base = self.base(disk.target)
             disk.finish(self._repository, self._builder, self._writers[0], base[0] if base else None)
 
+    # -- prove ----------------------------------------------------------------------------------------------------
+
+    def prove(self, reopen: Callable[[], Repository]) -> None:
+        """Store all but the snapshot file, read it back and compare it with the disks, which are still frozen.
+
+        ``reopen`` opens the repository as another process would see it.  ProofFailed when they differ.
+        """
+        self._store()
+        assert self._unsaved is not None
+        manifest, unsaved = self._unsaved
+        try:
+            repository = reopen()
+            stored = StoredBackup(repository, unsaved)
+            if parse_manifest(stored.manifest_bytes()) != manifest:
+                raise Damaged("its manifest is another")
+            proving = self._proving = Proving(repository, stored, self._proofs)
+            if self._stopped:
+                proving.stop()
+            proving.run(self._threads)
+        except Damaged as error:
+            raise Damaged(
+                f"the backup cannot be read back: {error.what}",
+                means="No backup was stored. Earlier ones may share what is damaged.",
+                todo="See what pullback verify --all --data says. Then run pullback prune, which removes what was just"
+                " written, and back up again.",
+            ) from error
+
+    @property
+    def proved(self) -> Proved | None:
+        """How much was compared; None when nothing was to be."""
+        if not self._prepared.prove:
+            return None
+        return sum((proof.proved for _, proof in self._proofs), Proved())
+
     # -- commit ---------------------------------------------------------------------------------------------------
 
     def commit(self) -> None:
         """Packs, then index, then the snapshot file; when this returns the backup exists."""
+        if self._unsaved is None:
+            self._store()
+        assert self._unsaved is not None
+        manifest, unsaved = self._unsaved
+        self.committed = manifest, self._repository.save_snapshot(unsaved)
+
+    def _store(self) -> None:
+        """All but the snapshot file: what restic calls unused, until there is one."""
         assert self._builder is not None
         manifest = self._manifest()
         tree = self._builder.finish(manifest.to_bytes())
@@ -216,7 +278,8 @@ class Storing:
         self._repository.save_index()
         parents = [stored.snapshot for stored in self._stored.values()]
         parent = max(parents, key=lambda snapshot: snapshot.time, default=None)
-        backup = self._repository.save_snapshot(
+        self._unsaved = (
+            manifest,
             SnapshotFile(
                 time=self._frozen().time,
                 tree=tree,
@@ -225,9 +288,8 @@ class Storing:
                 tags=(TAG,),
                 parent=parent.id if parent else None,
                 program_version=f"pullback {pullback.__version__}",
-            )
+            ),
         )
-        self.committed = manifest, backup
 
     def abandon(self) -> None:
         """Give up what is not stored; no thread is at work any more."""

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pullback.errors import (
+    BackupNotFound,
     Damaged,
     RepositoryExists,
     RepositoryMissing,
@@ -131,6 +132,15 @@ class Repository:
         key = _find_key(store, password)
         repository_id, version = _read_config(store, key)
         return cls(store, key, repository_id, version, CacheFolder(cache, repository_id, warn) if cache else None)
+
+    def check_writable(self) -> None:
+        """Raise RepositoryUnsupported for a version that is only read."""
+        if self.version < VERSION:
+            raise RepositoryUnsupported(
+                f"The repository {self.store.location} has format version {self.version}, which is only read",
+                means="No backup was made, and nothing was written; list, restore and verify work.",
+                todo="Bring it to version 2 with restic migrate upgrade_repo_v2, or back up into another one.",
+            )
 
     # -- the index ------------------------------------------------------------------------------------------------
 
@@ -249,6 +259,13 @@ class Repository:
             return decode_snapshot(document, name)
         except SnapshotBroken as error:
             raise damaged(FileKind.SNAPSHOTS, name, str(error)) from None
+
+    def snapshot(self, backup: str) -> Snapshot:
+        """The backup with this whole id; raises BackupNotFound if it was forgotten, Damaged if its file is broken."""
+        found = self._load_snapshot(backup)
+        if found is None:
+            raise BackupNotFound(f"The backup {backup[:8]} was forgotten meanwhile", todo="Run it again.")
+        return found
 
     def find(self, spec: str) -> Snapshot:
         """The backup named by an id, a unique start of one, `latest` or `DOMAIN@latest`; raises BackupNotFound."""
