@@ -13,6 +13,7 @@
     │   ├── NbdRefused                  7   the peer answered a request with an error number
     │   ├── NbdProtocolError            7   the peer broke the protocol
     │   └── NbdDisconnected             7   the peer went away
+    ├── ProofFailed                    16   what was stored is not what was frozen
     ├── RestoreError                    9   the target of a restore cannot take it
     │   └── TargetExists                9
     └── RepositoryError                14   the repository's store failed
@@ -131,6 +132,12 @@ class NbdProtocolError(TransferError):
 
 class NbdDisconnected(TransferError):
     """The peer closed the connection, or it never came up."""
+
+
+class ProofFailed(PullbackError):
+    """A backup was read back and is not what was frozen; it was not stored."""
+
+    exit_code = 16
 
 
 class RestoreError(PullbackError):

@@ -157,9 +157,9 @@ async def _backup(
         emit(Note(f"Cleared what a client that died had left: {cleared}."))
     prepared = await _prepare(domain, repository, request, emit)
     _tell(prepared, emit)
-    storing = Storing(repository, prepared, request.threads, emit)
+    storing = Storing(repository, prepared, request.threads, emit, reopen)
     try:
-        await _store(domain, request, prepared, storing, reopen, emit)
+        await _store(domain, request, prepared, storing, emit)
         await _forget_checkpoints(domain, repository.id, prepared, request.keep_checkpoints, emit)
     except asyncio.CancelledError:
         # Asked to end when the backup existed already: all that was left to do is done, or waits for the next one.
@@ -177,14 +177,7 @@ async def _backup(
     )
 
 
-async def _store(
-    domain: Domain,
-    request: BackupRequest,
-    prepared: Prepared,
-    storing: Storing,
-    reopen: Callable[[], Repository],
-    emit: Emit,
-) -> None:
+async def _store(domain: Domain, request: BackupRequest, prepared: Prepared, storing: Storing, emit: Emit) -> None:
     """Freeze, transfer, commit; when this returns the backup exists and nothing of it is left in QEMU."""
     async with domain.temporary_snapshot(_snapshot_request(request, prepared)) as snapshot:
         storing.snapshot = snapshot
@@ -192,7 +185,7 @@ async def _store(
         if request.freeze == "try" and snapshot.consistency == "crash":
             emit(Note("No guest agent answered: the point is crash-consistent."))
         try:
-            await _transfer(domain, prepared, snapshot, storing, reopen, emit)
+            await _transfer(domain, prepared, snapshot, storing, emit)
             await domain.end_snapshot(snapshot.id)
             await uncancelled(_commit(storing, snapshot))
         except NbdDisconnected as error:
@@ -244,9 +237,7 @@ def _tell(prepared: Prepared, emit: Emit) -> None:
             emit(DiskPlanned(disk.target, "full", base.reason, disk.virtual_size))
     if prepared.prove:
         some = "all unchanged ones" if prepared.prove == "all" else f"{SAMPLE:,} random unchanged ones of each disk"
-        emit(
-            Note(f"Before the backup counts as one, all changed chunks and {some} are compared with the frozen disks.")
-        )
+        emit(Note(f"To prove the backup, all changed chunks and {some} are read back and compared."))
 
 
 def _snapshot_request(request: BackupRequest, prepared: Prepared) -> SnapshotRequest:
@@ -260,14 +251,7 @@ def _snapshot_request(request: BackupRequest, prepared: Prepared) -> SnapshotReq
     )
 
 
-async def _transfer(
-    domain: Domain,
-    prepared: Prepared,
-    snapshot: Snapshot,
-    storing: Storing,
-    reopen: Callable[[], Repository],
-    emit: Emit,
-) -> None:
+async def _transfer(domain: Domain, prepared: Prepared, snapshot: Snapshot, storing: Storing, emit: Emit) -> None:
     """Bring the frozen disks here: pulled over QEMU's NBD server, or pushed where that must not or cannot be.
 
     What was pulled is proved here, too, if it is to be: the export ends with this.
@@ -289,7 +273,7 @@ async def _transfer(
                 names = {target: _export_name(snapshot, target) for target in snapshot.targets}
                 await _watched(storing, asyncio.to_thread(storing.run_pull, address, names, exact), emit)
                 if prepared.prove:
-                    await _watched(storing, asyncio.to_thread(storing.prove, reopen), emit)
+                    await _watched(storing, asyncio.to_thread(storing.prove), emit)
                 return
         await _watched(storing, push_disks(domain, prepared, snapshot, storing, socket), emit)
 

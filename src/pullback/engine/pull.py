@@ -87,7 +87,7 @@ class _Batch:
 
 
 @dataclass(slots=True)
-class _Window:
+class Window:
     """A buffer being filled; ``requests`` of its reads are under way."""
 
     span: Span
@@ -154,7 +154,7 @@ class Pull:
             yield _Batch(segment, Span(plan.offset, 0))
         for run in plan.runs:
             if run.act is Act.READ:
-                for span in _cut(Span(run.offset, run.length), BATCH):
+                for span in cut(Span(run.offset, run.length), BATCH):
                     yield _Batch(segment, span)
 
     def _zero(self, segment: _Segment, run: Run) -> None:
@@ -245,13 +245,13 @@ class _Line:
         if connection is None or not batch.span.length:
             self._pull.finish_segment(batch.segment, self._writer)
             return
-        reads = deque(_cut(batch.span, REQUEST))
-        flying: dict[int, _Window | None] = {}
+        reads = deque(cut(batch.span, REQUEST))
+        flying: dict[int, Window | None] = {}
         complete = False
         while reads or flying:
             while reads and self._free:
-                window = _Window(reads.popleft(), self._free.pop())
-                for cookie in _submit(connection, window, batch.segment.source.unit):
+                window = Window(reads.popleft(), self._free.pop())
+                for cookie in submit(connection, window, batch.segment.source.unit):
                     flying[cookie] = window
             arrived = flying.pop(self._wait(connection, batch))
             if arrived is None:
@@ -305,7 +305,7 @@ def _keep(segment: _Segment, run: Run) -> None:
     segment.ids[first : first + len(kept)] = kept
 
 
-def _cut(span: Span, unit: int) -> Iterator[Span]:
+def cut(span: Span, unit: int) -> Iterator[Span]:
     """Pieces that end at multiples of ``unit``, as chunks do."""
     offset = span.offset
     while offset < span.end:
@@ -314,12 +314,15 @@ def _cut(span: Span, unit: int) -> Iterator[Span]:
         offset = end
 
 
-def _submit(connection: NbdConnection, window: _Window, unit: int) -> list[int]:
-    """Ask for what fills the window, a ``unit`` at most at a time; it begins on a multiple of one."""
-    view = memoryview(window.buffer)[: window.span.length]
-    starts = range(0, window.span.length, unit)
-    window.requests = len(starts)
-    return [connection.submit_read(window.span.offset + at, view[at : at + unit]) for at in starts]
+def submit(connection: NbdConnection, window: Window, unit: int) -> list[int]:
+    """Ask for what fills the window, by requests that cross no multiple of ``unit``."""
+    view, begin = memoryview(window.buffer), window.span.offset
+    cookies = [
+        connection.submit_read(piece.offset, view[piece.offset - begin : piece.end - begin])
+        for piece in cut(window.span, unit)
+    ]
+    window.requests = len(cookies)
+    return cookies
 
 
 def read_failed(target: str, error: NbdRefused) -> PullbackError:

@@ -72,9 +72,20 @@ class Prepared:
 
 
 class Storing:
-    """One backup on its way into the repository; ``snapshot`` is set as soon as there is one."""
+    """One backup on its way into the repository; ``snapshot`` is set as soon as there is one.
 
-    def __init__(self, repository: Repository, prepared: Prepared, threads: int, emit: Emit) -> None:
+    ``reopen`` opens the repository once more, for a proof: as another process sees it.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        prepared: Prepared,
+        threads: int,
+        emit: Emit,
+        reopen: Callable[[], Repository],
+    ) -> None:
+        self._reopen = reopen
         self._repository = repository
         self._emit = emit
         self._prepared = prepared
@@ -92,7 +103,7 @@ class Storing:
         self._proofs: list[tuple[DiskSource, Proof]] = []
         self._proving: Proving | None = None
         self._unsaved: tuple[Manifest, SnapshotFile] | None = None
-        self._to_read = 0
+        self.total = 0
         self.pull: Pull | None = None
         self.snapshot: Snapshot | None = None
         self.committed: tuple[Manifest, str] | None = None
@@ -103,7 +114,7 @@ class Storing:
         if self._proving is not None:
             return Progress("prove", self._proving.done, self._proving.total)
         done = self.pull.done if self.pull is not None else sum(count.read for count in self._counts.values())
-        return Progress("backup", done, self._to_read)
+        return Progress("backup", done, self.total)
 
     def stop(self) -> None:
         """End the pull soon, from any thread."""
@@ -160,9 +171,9 @@ class Storing:
         """
         disks = self._prepared.selection.disks
         surveys = [self._survey(address, exports[disk.target], disk, exact) for disk in disks]
-        self._to_read = sum(one.to_read for one in surveys)
+        self.total = sum(one.to_read for one in surveys)
         self._proofs = [(one.source, one.proof) for one in surveys if one.proof]
-        builder = self._builder = self._begin(1 + self._to_read // _BYTES_PER_THREAD)
+        builder = self._builder = self._begin(1 + self.total // _BYTES_PER_THREAD)
         for one in surveys:
             builder.add_disk(one.source.target)
             for segment in one.kept:
@@ -226,16 +237,16 @@ class Storing:
 
     # -- prove ----------------------------------------------------------------------------------------------------
 
-    def prove(self, reopen: Callable[[], Repository]) -> None:
+    def prove(self) -> None:
         """Store all but the snapshot file, read it back and compare it with the disks, which are still frozen.
 
-        ``reopen`` opens the repository as another process would see it.  ProofFailed when they differ.
+        ProofFailed when they differ.
         """
         self._store()
         assert self._unsaved is not None
         manifest, unsaved = self._unsaved
         try:
-            repository = reopen()
+            repository = self._reopen()
             stored = StoredBackup(repository, unsaved)
             if parse_manifest(stored.manifest_bytes()) != manifest:
                 raise Damaged("its manifest is another")

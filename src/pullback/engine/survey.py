@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import bisect
 import functools
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pullback.engine.pull import REQUEST, BaseSegment, DiskSource, read_failed
 from pullback.errors import Damaged, NbdRefused
-from pullback.model.extents import Extent, Span, allocation, dirty_spans
+from pullback.model.extents import Extent, Span, allocation, dirty_spans, merged
 from pullback.model.units import CHUNK, align_up
 from pullback.nbd.address import Address
 from pullback.nbd.backend import Buffer
 from pullback.nbd.blocking import NbdConnection
 from pullback.plan.grid import DiskGrid, Grid, Slot, read_grid
 from pullback.plan.method import SAVED_UNIT
+from pullback.plan.prove import Proof, Prove, plan_proof
 from pullback.plan.pull import (
     clean_spans,
     fetch_spans,
@@ -41,13 +43,14 @@ ALLOCATION = "base:allocation"
 class Survey:
     """What will be read of one disk; ``kept`` are segments that stay as the base has them.
 
-    ``distrust`` says why the base was not used after all.
+    ``distrust`` says why the base was not used after all.  ``proof`` is what stays protected until compared.
     """
 
     source: DiskSource
     reads: list[Span]
     kept: list[SegmentRef]
     distrust: str = ""
+    proof: Proof | None = None
 
     @property
     def to_read(self) -> int:
@@ -105,8 +108,10 @@ class _Base:
         return {number: segment.grid for number, segment in self.changed.items()}
 
 
-def survey(disk: Offered, base: tuple[StoredBackup, str] | None, like: StoredBackup | None, let_go: bool) -> Survey:
-    """Find out what to read of a frozen disk, and let everything else go.
+def survey(
+    disk: Offered, base: tuple[StoredBackup, str] | None, like: StoredBackup | None, prove: Prove | None = None
+) -> Survey:
+    """Find out what to read of a frozen disk, or to ``prove`` afterwards, and let everything else go.
 
     ``base`` is the backup to build on and the checkpoint it was made at; None reads the whole disk, cut as in ``like``:
     what did not change since is stored already.  Unless the view is exact, what QEMU calls zero is only believed where
@@ -126,24 +131,29 @@ def survey(disk: Offered, base: tuple[StoredBackup, str] | None, like: StoredBac
         known, grids = _Base(), _grids(base[0] if base else like, disk)
         fetch = [Span(0, disk.size)] if disk.size else []
     grid = DiskGrid(disk.size, grids)
-    reads = _reads(disk, fetch, grid, let_go)
+    # Drawn before anything is let go: what was let go cannot be read any more.
+    proof = plan_proof(prove, fetch, disk.size, _draw) if prove else None
+    reads = _reads(disk, fetch, grid, proof)
     unit = REQUEST if disk.exact else SAVED_UNIT
     segments = plan_segments(fetch, reads, grid)
-    return Survey(
-        DiskSource(disk.target, disk.address, disk.export, segments, known.changed, unit), reads, known.kept, distrust
-    )
+    source = DiskSource(disk.target, disk.address, disk.export, segments, known.changed, unit)
+    return Survey(source, reads, known.kept, distrust, proof)
 
 
-def _reads(disk: Offered, fetch: Sequence[Span], grid: DiskGrid, let_go: bool) -> list[Span]:
-    """The chunks to read, and everything else let go."""
+def _draw(among: int, count: int) -> list[int]:
+    return secrets.SystemRandom().sample(range(among), count)
+
+
+def _reads(disk: Offered, fetch: Sequence[Span], grid: DiskGrid, proof: Proof | None) -> list[Span]:
+    """The chunks to read; what is neither read nor proved is let go."""
     try:
         with NbdConnection.connect(disk.address, disk.export, contexts=[ALLOCATION]) as connection:
             status = list(_allocation(connection, fetch))
             if not disk.exact:
                 status += _saved(disk, fetch)
             reads = read_spans(fetch, status, grid)
-            if let_go:
-                _trim(connection, clean_spans(reads, disk.size))
+            needed = merged(sorted(reads + proof.spans)) if proof else reads
+            _trim(connection, clean_spans(needed, disk.size))
     except NbdRefused as error:
         raise read_failed(disk.target, error) from error
     return reads
