@@ -54,3 +54,31 @@ def test_right_backups_are_proved(lab_dir: Path, bare_qemu: Start, how: Literal[
     assert backups[3].proved == Proved(256 * KIB, ODD + 2816 * KIB, ODD + 2816 * KIB)
     assert [backup.manifest.disks[0].mode for backup in backups] == ["full", *["incremental"] * 3]
     assert leftovers(qemu, stage.scratch) == []
+
+
+def test_the_command_proves_and_says_how_much(lab_dir: Path, bare_qemu: Start) -> None:
+    stage = Stage(lab_dir)
+    qemu = bare_qemu([stage.disk("vda", 4 * MIB)], running=True)
+    qemu.device_write("vda", 0, MIB, 0x11)
+    domain, scratch = f"qmp:{qemu.qmp_path}", ("--scratch", stage.scratch)
+    # Alone in front of the domain, which is not its value.
+    first = stage.cli("backup", "--prove", domain, *scratch)
+    assert first.code == 0, first.err
+    assert (
+        "proved: 4.00 MiB that changed and 0 B of 0 B that did not change are stored as they were frozen" in first.out
+    )
+    qemu.device_write("vda", 0, 512, 0x12)
+    second = stage.cli_backup(qemu, "--prove=all", "--json")
+    assert second.code == 0
+    rest = 4 * MIB - 256 * KIB
+    assert second.event("backup")["proved"] == {"changed": 256 * KIB, "unchanged": rest, "of_unchanged": rest}
+    assert second.event("progress") == {"event": "progress", "work": "prove", "done": 4 * MIB, "total": 4 * MIB}
+    assert stage.cli_backup(qemu, "--json").event("backup")["proved"] is None
+    wrong = stage.cli_backup(qemu, "--prove=most")
+    assert wrong.code == 2
+    assert "--prove=most" in wrong.err
+    for how, said in (("--prove", "1,024 random unchanged ones of each disk"), ("--prove=all", "all unchanged ones")):
+        dry = stage.cli_backup(qemu, how, "--dry-run")
+        assert dry.code == 0
+        assert f"all changed chunks and {said} are read back and compared" in dry.err
+    assert leftovers(qemu, stage.scratch) == []

@@ -48,6 +48,16 @@ def test_without_a_terminal_there_is_a_line_every_five_seconds(
     ]
 
 
+def test_the_rate_of_the_next_work_is_its_own(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    teller = Reporter(json_lines=False)
+    clock.now += 100
+    teller.emit(Progress("backup", GIB, GIB))
+    for second in range(7):
+        teller.emit(Progress("prove", second * 100 * MIB, 4 * GIB))
+        clock.now += 1
+    assert capsys.readouterr().err.splitlines() == ["prove: 500 MiB of 4.00 GiB, 100 MiB/s, 36.0 s to go"]
+
+
 def test_short_work_has_no_line_of_progress(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     teller = Reporter(json_lines=False)
     for done in (0, MIB, 2 * MIB):

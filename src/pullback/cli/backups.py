@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from pullback.cli import options as opt
 from pullback.cli.config import find_domain
@@ -23,6 +24,7 @@ from pullback.model.units import human_bytes, human_seconds
 if TYPE_CHECKING:
     from pullback.engine.backup import BackupResult
     from pullback.engine.listing import ListedBackup
+    from pullback.plan.prove import Prove, Proved
 
 
 def init(
@@ -49,6 +51,13 @@ def init(
     )
 
 
+class BackupCommand(TyperCommand):
+    """``backup``, whose ``--prove`` may stand alone: else the word after it, the domain, would be its value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, ["--prove=sample" if word == "--prove" else word for word in args])
+
+
 def backup(
     domain: opt.DomainArgument,
     disk: opt.Disks = None,
@@ -71,6 +80,15 @@ def backup(
             help="How many of its own checkpoints this repository keeps per disk",
         ),
     ] = 4,
+    prove: Annotated[
+        str | None,
+        typer.Option(
+            "--prove",
+            metavar="[all]",
+            help="Compare the backup with the frozen disks before it counts as one: all that changed, and a sample of"
+            " the rest; --prove=all compares everything",
+        ),
+    ] = None,
     freeze: opt.FreezeOption = False,
     require_freeze: opt.RequireFreeze = False,
     agent: opt.AgentSocket = None,
@@ -102,6 +120,7 @@ def backup(
         scratch=scratch or found.scratch,
         keep_checkpoints=keep_checkpoints,
         lock_retry=lock_retry,
+        prove=_how_to_prove(prove),
     )
     reporter = Reporter(json)
     tracer = reporter.trace if trace else None
@@ -113,6 +132,16 @@ def backup(
     reporter.answer(_backup_json(result), _backup_lines(result))
 
 
+def _how_to_prove(given: str | None) -> Prove | None:
+    match given:
+        case "sample" | "all" | None:
+            return given
+        case _:
+            raise UsageError(
+                f"there is no --prove={given}", todo="Use --prove for a sample of what did not change, or --prove=all."
+            )
+
+
 def _backup_json(result: BackupResult) -> dict[str, Any]:
     return {
         "event": "backup",
@@ -122,6 +151,7 @@ def _backup_json(result: BackupResult) -> dict[str, Any]:
         "bytes_stored": result.bytes_stored,
         "seconds": round(result.seconds, 3),
         "paused_ms": round(result.paused_seconds * 1000, 1),
+        "proved": None if result.proved is None else dataclasses.asdict(result.proved),
     }
 
 
@@ -140,11 +170,18 @@ def _backup_lines(result: BackupResult) -> list[str]:
         f"{disk.target}: {disk.mode}, read {human_bytes(disk.bytes_read)}, new {human_bytes(disk.bytes_new)}"
         for disk in result.manifest.disks
     ]
+    if result.proved is not None:
+        lines.append(_proved_line(result.proved))
     lines.append(
         f"backup {result.id[:8]} of {result.manifest.domain}: read {human_bytes(result.bytes_read)}, stored"
         f" {human_bytes(result.bytes_stored)} in {human_seconds(result.seconds)}"
     )
     return lines
+
+
+def _proved_line(proved: Proved) -> str:
+    rest = f"{human_bytes(proved.unchanged)} of {human_bytes(proved.of_unchanged)} that did not change"
+    return f"proved: {human_bytes(proved.changed)} that changed and {rest} are stored as they were frozen"
 
 
 def list_backups(

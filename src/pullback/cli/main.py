@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("init")(backups.init)
-app.command("backup")(backups.backup)
+app.command("backup", cls=backups.BackupCommand)(backups.backup)
 app.command("list")(backups.list_backups)
 app.command("restore")(backups.restore)
 app.command("recover")(domains.recover)

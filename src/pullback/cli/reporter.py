@@ -42,6 +42,7 @@ class Reporter:
         self._task: TaskID | None = None
         self._plain_due = 0.0
         self._began = time.monotonic()
+        self._work = ""
 
     @contextmanager
     def working(self) -> Iterator[Reporter]:
@@ -114,6 +115,8 @@ class Reporter:
             silence(sys.stderr)
 
     def _progress(self, event: Progress) -> None:
+        if event.work != self._work:
+            self._next_work(event)
         if sys.stderr.isatty():
             self._move_bar(event)
             return
@@ -125,6 +128,14 @@ class Reporter:
         rate = self._rate(event)
         eta = f", {human_seconds((event.total - event.done) / rate)} to go" if rate else ""
         self._say(f"{event.work}: {human_bytes(event.done)} of {human_bytes(event.total)}, {human_bytes(rate)}/s{eta}")
+
+    def _next_work(self, event: Progress) -> None:
+        """Count from here: what was done before says nothing of this work's rate."""
+        if self._work:
+            self._began = time.monotonic()
+        if self._bar is not None and self._task is not None:
+            self._bar.reset(self._task, total=event.total, description=event.work)
+        self._work = event.work
 
     def _move_bar(self, event: Progress) -> None:
         if self._bar is None:
