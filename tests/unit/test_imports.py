@@ -37,7 +37,7 @@ LONGEST_FUNCTION = 40
 LONG = {
     "cli.repositories.forget": "the options of a command are its signature",
     "cli.backups.backup": "the options of a command are its signature",
-    "cli.backups.restore": "the options of a command are its signature",
+    "cli.restoring.restore": "the options of a command are its signature",
     "cli.exports.start": "the options of a command are its signature",
     "cli.snapshots.create": "the options of a command are its signature",
 }

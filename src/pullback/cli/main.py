@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import pullback
-from pullback.cli import backups, checkpoints, domains, exports, repositories, snapshots, verifying
+from pullback.cli import backups, checkpoints, domains, exports, repositories, restoring, snapshots, verifying
 from pullback.cli.interrupts import EXIT_INTERRUPTED, Interrupted
 from pullback.cli.reporter import Reporter, silence
 from pullback.errors import PullbackError, UsageError
@@ -30,7 +30,7 @@ app = typer.Typer(
 app.command("init")(backups.init)
 app.command("backup", cls=backups.BackupCommand)(backups.backup)
 app.command("list")(backups.list_backups)
-app.command("restore")(backups.restore)
+app.command("restore")(restoring.restore)
 app.command("recover")(domains.recover)
 app.command("show")(verifying.show)
 app.command("verify")(verifying.verify)
