@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What increments store, by how a disk is cut into chunks: real backups beside a simulation, and restic's own costs.
 
-`python -m bench.chunks [--quick] [--size MIB] [--increments N] [--load NAME]... [--everything] [--[no-]memory]`
+`python -m bench.chunks [--quick] [--size MIB] [--increments N] [--load NAME]... [--everything | --simulated]`
 
 Every backup is the product's, of a stopped domain, in a process of its own; the disk is written through QEMU between
 them.  All strategies back up the same disk, each into a repository of its own.
@@ -110,13 +110,15 @@ def new_disk(place: Path, size: int) -> loads.Disk:
 def synthetic(load: loads.Load, place: Path, size: int, increments: int, strategies: list[Strategy]) -> Rounds:
     """A load that is made up, on a disk that is full."""
     disk = new_disk(place, size)
-    disk.write(loads.everything(size, 1), place / "daemon")
+    if strategies:
+        disk.write(loads.everything(size, 1), place / "daemon")
     full = set(range(size // BLOCK))
     rounds = run_rounds(disk, place, strategies, full, size)
     for number in range(increments):
         chance = random.Random(100 + number)
         places = load(chance, size, number)
-        disk.write(((start, loads.content(start, length, chance)) for start, length in places), place / "daemon")
+        if strategies:
+            disk.write(((start, loads.content(start, length, chance)) for start, length in places), place / "daemon")
         rounds.add((loads.changed_blocks(places), full, sum(-(-length // loads.PAGE) for _, length in places)))
     return rounds
 
@@ -176,6 +178,8 @@ def real_cells(strategy: Strategy, done: list[Round]) -> list[str]:
 
 def print_difference(rounds: Rounds) -> None:
     """How far the simulation is from the real backups, and what metadata costs by the piece."""
+    if not rounds.strategies:
+        return
     furthest, listed, trees, entries, index = 0.0, 0, 0, 0, 0
     for one in rounds.done:
         for name, real in one.real.items():
@@ -186,12 +190,12 @@ def print_difference(rounds: Rounds) -> None:
     print(f"\nSimulated and real bytes differ by {furthest:.2%} at most; {each}.", flush=True)
 
 
-def run_load(name: str, place: Path, size: int, increments: int, everything: bool) -> None:
+def run_load(name: str, place: Path, size: int, increments: int, everything: bool | None) -> None:
     """One load in a directory that is there only for it."""
     with tempfile.TemporaryDirectory(prefix="load-", dir=place) as inside:
         os.chmod(inside, 0o711)  # noqa: PTH101
         here = Path(inside)
-        strategies = REAL if everything else CARRIED_OUT.get(name, [OURS])
+        strategies = CARRIED_OUT.get(name, [OURS]) if everything is None else REAL if everything else []
         if name == "postgres":
             if why := missing():
                 print(f"\nNo PostgreSQL: {why}.")
@@ -200,7 +204,7 @@ def run_load(name: str, place: Path, size: int, increments: int, everything: boo
         else:
             rounds = synthetic(LOADS[name], here, size, increments, strategies)
         print_rounds(name, rounds, size)
-        if name in ("uniform", "sparse"):
+        if strategies and name in ("uniform", "sparse"):
             places = {one.name: repository_of(here, one) for one in strategies if one in [OURS, *FIXED]}
             restic_costs(places, PASSWORD)
 
@@ -212,7 +216,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, metavar="MIB", help="MiB of the disk")
     parser.add_argument("--increments", type=int)
     parser.add_argument("--load", action="append", choices=[*LOADS, "postgres"], help="only these loads")
-    parser.add_argument("--everything", action="store_true", help="simulate nothing that can be carried out")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--everything", action="store_true", default=None, help="every strategy for real, with every load")
+    how.add_argument("--simulated", action="store_false", dest="everything", default=None, help="none: half a minute")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, help="the index in memory, or not")
     return parser.parse_args()
 
@@ -220,7 +226,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """The command."""
     asked = arguments()
-    size = (asked.size or (512 if asked.quick else 1536)) * MIB
+    size = (asked.size or (384 if asked.quick else 768)) * MIB
     increments = asked.increments or (4 if asked.quick else 10)
     chosen = asked.load or (["uniform", "clustered"] if asked.quick else [*LOADS, "postgres"])
     with tempfile.TemporaryDirectory(prefix="pullback-bench-") as place:
