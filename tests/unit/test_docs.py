@@ -32,10 +32,12 @@ from pullback.model.manifest import DiskEntry, Manifest
 from pullback.model.units import CHUNK, HOT_CHUNK, MIB, SEGMENT
 from pullback.plan.freeze import CBW_TIMEOUT
 from pullback.plan.grid import WIDELY
+from pullback.plan.prove import SAMPLE
 from tests.support.backups import open_repository, store_backup
 from tests.support.markdown import code_blocks, named, plain, rows, sections, without_code
 from tests.support.product import Done, Stage
 from tests.support.restic import PASSWORD, needs_restic
+from tests.support.serving import serving
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -166,6 +168,8 @@ def every_command(stage: Stage, lab_dir: Path) -> Iterator[tuple[str, Done]]:
         store_backup(repository, {"vda": [b"x"]}, domain="broken", manifest=b"{")
     yield "list", stage.cli("list", "--json")
     yield "restore", stage.cli("restore", "web@latest", "--to", stage.place / "out", "--json")
+    with serving(stage, "web@latest") as server:
+        yield "serve", server.end()
     yield from every_command_of_restic(stage, lab_dir)
     yield "show", stage.cli("show", "web@latest", "--json")
     big = max((stage.repo / "data").glob("*/*"), key=lambda path: path.stat().st_size)
@@ -230,6 +234,7 @@ def inner_objects(event: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
     for heading, name, key in [
         ("backups", "one of backups", "backups"),
         ("restore", "one of a restore's disks", "disks"),
+        ("serving", "one of a serving's exports", "exports"),
         ("verified", "one of damages", "damages"),
         ("retention", "one of a retention's backups", "keep"),
         ("retention", "one of a retention's backups", "forget"),
@@ -513,6 +518,12 @@ def test_figures_are_those_of_the_program() -> None:
     assert f"chunks of {CHUNK >> 10} KiB, or of {HOT_CHUNK >> 10} KiB" in text
     assert f"one in {WIDELY} of a segment's chunks" in text
     assert f"Segments of {SEGMENT >> 20} MiB" in text
+    assert f"{SAMPLE:,} of each disk" in text
+    proof = " ".join(text.partition("## Proof")[2].split())
+    for one_in, chance in (("100", "99.997"), ("200", "99.4"), ("1,000", "64")):
+        assert re.search(rf"one in {one_in} [^,]*with (a chance of )?{chance} %", proof)
+        found = 100 * (1 - (1 - 1 / int(one_in.replace(",", ""))) ** SAMPLE)
+        assert abs(found - float(chance)) < 0.5 * 10 ** -len(chance.partition(".")[2])
 
 
 # -- the worked example -------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pullback
 from pullback.engine.events import Emit, Note, Progress
@@ -247,7 +247,7 @@ class Storing:
         manifest, unsaved = self._unsaved
         try:
             repository = self._reopen()
-            stored = StoredBackup(repository, unsaved)
+            stored = StoredBackup(repository, replace(unsaved, id="(new)"))
             if parse_manifest(stored.manifest_bytes()) != manifest:
                 raise Damaged("its manifest is another")
             proving = self._proving = Proving(repository, stored, self._proofs)
