@@ -186,14 +186,25 @@ def test_an_index_file_of_the_oldest_form_and_with_new_fields() -> None:
         {"type": "file"},
         {"id": "01"},
         {"id": 7},
+        {"id": "01" * 31 + "  "},
+        {"length": True},
+        {"uncompressed_length": None},
         {"uncompressed_length": 1 << 31},
         {"uncompressed_length": -5},
     ],
 )
 def test_a_senseless_index_entry_is_refused(change: dict[str, object]) -> None:
     entry = {"id": "01" * 32, "type": "data", "offset": 0, "length": 38} | change
+    sound = {"id": "02" * 32, "type": "tree", "offset": 38, "length": 38, "uncompressed_length": 6}
+    for blobs in ([entry], [sound, entry], [entry, sound]):
+        with pytest.raises(IndexBroken):
+            decode_index(json.dumps({"packs": [{"id": "aa" * 32, "blobs": blobs}]}).encode())
+
+
+def test_ids_of_wrong_lengths_do_not_make_up_for_each_other() -> None:
+    entries = [{"id": "01" * length, "type": "data", "offset": 0, "length": 38} for length in (31, 33)]
     with pytest.raises(IndexBroken):
-        decode_index(json.dumps({"packs": [{"id": "aa" * 32, "blobs": [entry]}]}).encode())
+        decode_index(json.dumps({"packs": [{"id": "aa" * 32, "blobs": entries}]}).encode())
 
 
 def packed(number: int, kind: BlobKind = BlobKind.DATA) -> PackedBlob:

@@ -13,11 +13,13 @@ Behind these may stand an IndexCache, a file that takes no memory; then only wha
 
 from __future__ import annotations
 
+import gc
 import json
 import struct
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from pullback.repository.blob import MAX_BLOB, BlobId, BlobKind, BlobLocation, PackId
@@ -31,6 +33,8 @@ MAX_INDEX_BLOBS = 50_000
 _COMPRESSED = 1 << 31
 _first_slot = struct.Struct("<Q").unpack_from
 _T = TypeVar("_T")
+# PackedBlob(*fields), but without a Python function in between.
+_packed_blob: Callable[[Iterable[Any]], PackedBlob] = partial(tuple.__new__, PackedBlob)
 _KINDS = {"data": BlobKind.DATA, "tree": BlobKind.TREE}
 
 
@@ -236,23 +240,47 @@ def decode_index(document: bytes) -> tuple[list[tuple[PackId, list[PackedBlob]]]
 
     Fields we do not know are passed over.  The oldest form, a bare list of packs, is read too.
     """
+    # None of the hundred thousand objects that a file becomes is garbage; the collector would look through them again
+    # and again, for half of the time that parsing takes.
+    collecting = gc.isenabled()
+    gc.disable()
     try:
-        parsed = json.loads(document)
-        listed = parsed if isinstance(parsed, list) else parsed.get("packs") or []
-        replaced = [] if isinstance(parsed, list) else parsed.get("supersedes") or []
-        packs = [(PackId(_id(pack["id"])), [_decode_blob(blob) for blob in pack.get("blobs") or []]) for pack in listed]
-        return packs, [_id(name).hex() for name in replaced]
+        return _decode(json.loads(document))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IndexBroken(f"{type(error).__name__}: {error}") from None
+    finally:
+        if collecting:
+            gc.enable()
 
 
-def _decode_blob(entry: dict[str, Any]) -> PackedBlob:
-    offset, length, plain = entry["offset"], entry["length"], entry.get("uncompressed_length", 0)
-    if type(offset) is not int or type(length) is not int or type(plain) is not int:
+def _decode(parsed: Any) -> tuple[list[tuple[PackId, list[PackedBlob]]], list[str]]:
+    listed = parsed if isinstance(parsed, list) else parsed.get("packs") or []
+    replaced = [] if isinstance(parsed, list) else parsed.get("supersedes") or []
+    packs = [(PackId(_id(pack["id"])), _decode_blobs(pack.get("blobs") or [])) for pack in listed]
+    return packs, [_id(name).hex() for name in replaced]
+
+
+def _decode_blobs(entries: list[dict[str, Any]]) -> list[PackedBlob]:
+    """The blobs of a pack, checked column by column: an index of 10 million is read in half of the time."""
+    if not entries:
+        return []
+    names = [entry["id"] for entry in entries]
+    kinds = [_KINDS[entry["type"]] for entry in entries]
+    offsets, lengths = [entry["offset"] for entry in entries], [entry["length"] for entry in entries]
+    plains = [entry.get("uncompressed_length", 0) for entry in entries]
+    if {*map(type, offsets), *map(type, lengths), *map(type, plains)} != {int}:
         raise TypeError("a number is not one")
-    if not (0 <= offset < 1 << 32 and OVERHEAD <= length <= MAX_BLOB and 0 <= plain <= MAX_BLOB):
-        raise ValueError(f"a blob of {length} bytes at offset {offset} cannot be")
-    return PackedBlob(BlobId(_id(entry["id"])), _KINDS[entry["type"]], offset, length, plain or None)
+    if min(offsets) < 0 or max(offsets) >= 1 << 32:
+        raise ValueError("a blob at such an offset cannot be")
+    if min(lengths) < OVERHEAD or min(plains) < 0 or max(max(lengths), max(plains)) > MAX_BLOB:
+        raise ValueError("a blob of such a length cannot be")
+    ids = bytes.fromhex("".join(names))
+    # fromhex passes over spaces, so that a short id could make up for a long one.
+    if {*map(len, names)} != {64} or len(ids) != 32 * len(names):
+        raise ValueError("an id is not 32 bytes")
+    each = [ids[at : at + 32] for at in range(0, len(ids), 32)]
+    stated = [plain or None for plain in plains]
+    return list(map(_packed_blob, zip(each, kinds, offsets, lengths, stated, strict=True)))
 
 
 def _id(text: Any) -> bytes:

@@ -17,7 +17,7 @@ import tempfile
 import zlib
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 from pullback.repository.blob import BlobKind, PackId
@@ -61,12 +61,15 @@ class _Spool:
     def close(self) -> None:
         self._file.close()
 
-    def add(self, record: bytes) -> None:
-        part = self._open[record[0]]
-        part += record
-        self.count += 1
-        if len(part) >= _FLUSH:
-            self._flush(record[0])
+    def add(self, records: Iterable[bytes]) -> None:
+        """Take records in any order; what has come together is written when all are taken."""
+        parts, before = self._open, sum(map(len, self._open))
+        for record in records:
+            parts[record[0]] += record
+        self.count += (sum(map(len, parts)) - before) // RECORD.size
+        for number, part in enumerate(parts):
+            if len(part) >= _FLUSH:
+                self._flush(number)
 
     def _flush(self, number: int) -> None:
         content = self._open[number]
@@ -86,11 +89,22 @@ class _Spool:
         return _each_once(sorted(_split(whole)))
 
 
+def _records(pseudonyms: bytes, numbers: list[int], blobs: list[PackedBlob]) -> Iterator[bytes]:
+    pack_record = RECORD.pack
+    for at, number, (_, _, offset, length, plain) in zip(
+        range(PSEUDONYM, len(pseudonyms), ID), numbers, blobs, strict=True
+    ):
+        stated = length - OVERHEAD if plain is None else plain | COMPRESSED
+        yield pack_record(pseudonyms[at : at + PSEUDONYM], number, offset, length, stated)
+
+
 def _split(records: bytes) -> list[bytes]:
     return [record for (record,) in struct.iter_unpack(f"{RECORD.size}s", records)]
 
 
 def _each_once(records: list[bytes]) -> list[bytes]:
+    if len({record[:_SAME] for record in records}) == len(records):
+        return records
     kept, last = [], b""
     for record in records:
         if record[:_SAME] != last:
@@ -121,21 +135,15 @@ class IndexCacheBuilder:
     def add(self, packs: Iterable[tuple[PackId, Sequence[PackedBlob]]]) -> None:
         """Take the contents of one index file."""
         for kind in BlobKind:
-            chosen, ids = [], []
+            numbers: list[int] = []
+            chosen: list[PackedBlob] = []
             for pack, blobs in packs:
                 number = self._numbers.setdefault(pack, len(self._numbers))
-                for blob in blobs:
-                    if blob[1] is kind:
-                        ids.append(blob[0])
-                        chosen.append((number, blob))
-            self._spool_records(self._secrets.pseudonyms(kind, b"".join(ids)), chosen)
-
-    def _spool_records(self, pseudonyms: bytes, chosen: list[tuple[int, PackedBlob]]) -> None:
-        at, pack_record, add = PSEUDONYM, RECORD.pack, self._spool.add
-        for number, (_, _, offset, length, plain) in chosen:
-            stated = length - OVERHEAD if plain is None else plain | COMPRESSED
-            add(pack_record(pseudonyms[at : at + PSEUDONYM], number, offset, length, stated))
-            at += ID
+                of_kind = [blob for blob in blobs if blob[1] is kind]
+                chosen += of_kind
+                numbers += [number] * len(of_kind)
+            pseudonyms = self._secrets.pseudonyms(kind, b"".join([blob[0] for blob in chosen]))
+            self._spool.add(_records(pseudonyms, numbers, chosen))
 
     def finish(self, names: Iterable[str]) -> IndexCache:
         """Write the cache, which then speaks for the index files `names`, and open it."""
