@@ -22,7 +22,7 @@ PASSWORD = "bench"
 
 def set_sizes(cold: int, hot: int, widely: int, segment: int) -> None:
     """Cut like this from now on; ``widely`` 0 cuts no segment as a whole."""
-    units.CHUNK, units.HOT_CHUNK, units.SEGMENT = cold, hot, segment  # type: ignore[misc]
+    units.CHUNK, units.HOT_CHUNK, units.SEGMENT = cold, hot, segment
     from pullback.repository import layout
 
     layout.SEGMENT = segment

@@ -116,10 +116,16 @@ class Database:
                 for start in range(0, MIB, BLOCK):
                     if new.count(0, start, start + BLOCK) < BLOCK:
                         full.add((offset + start) // BLOCK)
-                for start in range(0, MIB if new != old else 0, PAGE):
-                    if new[start : start + PAGE] != old[start : start + PAGE]:
-                        connection.write(offset + start, new[start : start + PAGE])
-                        changed.add((offset + start) // BLOCK)
-                        pages += 1
+                different = [
+                    start
+                    for start in range(0, MIB if new != old else 0, PAGE)
+                    if new[start : start + PAGE] != old[start : start + PAGE]
+                ]
+                for start in different:
+                    connection.submit_write(offset + start, new[start : start + PAGE])
+                    changed.add((offset + start) // BLOCK)
+                while connection.pending:
+                    connection.wait()
+                pages += len(different)
             connection.flush()
         return changed, full, pages

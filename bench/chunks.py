@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -225,6 +226,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """The command."""
+    # What is mounted and running goes with an exception; the default would leave it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     asked = arguments()
     size = (asked.size or (384 if asked.quick else 768)) * MIB
     increments = asked.increments or (4 if asked.quick else 10)
