@@ -37,6 +37,7 @@ from tests.support.backups import open_repository, store_backup
 from tests.support.markdown import code_blocks, named, plain, rows, sections, without_code
 from tests.support.product import Done, Stage
 from tests.support.restic import PASSWORD, needs_restic
+from tests.support.serving import serving
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -167,6 +168,8 @@ def every_command(stage: Stage, lab_dir: Path) -> Iterator[tuple[str, Done]]:
         store_backup(repository, {"vda": [b"x"]}, domain="broken", manifest=b"{")
     yield "list", stage.cli("list", "--json")
     yield "restore", stage.cli("restore", "web@latest", "--to", stage.place / "out", "--json")
+    with serving(stage, "web@latest") as server:
+        yield "serve", server.end()
     yield from every_command_of_restic(stage, lab_dir)
     yield "show", stage.cli("show", "web@latest", "--json")
     big = max((stage.repo / "data").glob("*/*"), key=lambda path: path.stat().st_size)
@@ -231,6 +234,7 @@ def inner_objects(event: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
     for heading, name, key in [
         ("backups", "one of backups", "backups"),
         ("restore", "one of a restore's disks", "disks"),
+        ("serving", "one of a serving's exports", "exports"),
         ("verified", "one of damages", "damages"),
         ("retention", "one of a retention's backups", "keep"),
         ("retention", "one of a retention's backups", "forget"),

@@ -39,6 +39,7 @@ LONG = {
     "cli.backups.backup": "the options of a command are its signature",
     "cli.restoring.restore": "the options of a command are its signature",
     "cli.exports.start": "the options of a command are its signature",
+    "cli.serving.serve": "the options of a command are its signature",
     "cli.snapshots.create": "the options of a command are its signature",
 }
 VAGUE = {"util", "utils", "common", "helper", "helpers", "manager", "managers", "misc"}

@@ -121,13 +121,22 @@ def _request(
 
 
 def _address(socket: str | None, listen: str | None) -> Address:
+    address = listen_address(socket, listen)
+    if address is None:
+        raise UsageError("one of --socket and --listen is needed")
+    return address
+
+
+def listen_address(socket: str | None, listen: str | None) -> Address | None:
+    """The address that the two options mean, None for neither; UsageError for both or nonsense."""
     from pullback.nbd.address import TcpAddress, UnixAddress
 
-    if (socket is None) == (listen is None):
-        raise UsageError("one of --socket and --listen is needed")
+    if socket is not None and listen is not None:
+        raise UsageError("one of --socket and --listen is needed, not both")
     if socket is not None:
         return UnixAddress(str(Path(socket).absolute()))
-    assert listen is not None
+    if listen is None:
+        return None
     host, colon, port = listen.rpartition(":")
     if not colon or listen.endswith("]"):
         return TcpAddress(listen.strip("[]"), 0)

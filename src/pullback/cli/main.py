@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import typer
 
 import pullback
-from pullback.cli import backups, checkpoints, domains, exports, repositories, restoring, snapshots, verifying
+from pullback.cli import backups, checkpoints, domains, exports, repositories, restoring, serving, snapshots, verifying
 from pullback.cli.interrupts import EXIT_INTERRUPTED, Interrupted
 from pullback.cli.reporter import Reporter, silence
-from pullback.errors import PullbackError, UsageError
+from pullback.errors import PullbackError, RestoreError, UsageError
 
 #: What typer raises for a wrong command line.  It gives out only this one of its subclasses, and the package that
 #: defines it differs between the versions we take.
@@ -31,6 +31,7 @@ app.command("init")(backups.init)
 app.command("backup", cls=backups.BackupCommand)(backups.backup)
 app.command("list")(backups.list_backups)
 app.command("restore")(restoring.restore)
+app.command("serve")(serving.serve)
 app.command("recover")(domains.recover)
 app.command("show")(verifying.show)
 app.command("verify")(verifying.verify)
@@ -84,6 +85,14 @@ def _usage_error(error: Any) -> UsageError:
     return UsageError(" ".join(error.format_message().split()).rstrip("."), todo=f"See {where} --help.")
 
 
+def _interrupted(error: BaseException) -> str:
+    """A restore says what it left; everything else takes back what it began."""
+    cause = error.__cause__
+    if isinstance(cause, RestoreError) and cause.todo:
+        return f"interrupted. {cause.means} {cause.todo}"
+    return "interrupted; what was begun was taken back."
+
+
 def main() -> None:
     """Run the command line; ends the process with a documented exit code, never with a traceback."""
     reporter = Reporter("--json" in sys.argv)
@@ -92,8 +101,8 @@ def main() -> None:
     except PullbackError as error:
         reporter.error(str(error), error.exit_code)
         sys.exit(error.exit_code)
-    except (Interrupted, KeyboardInterrupt, EOFError):
-        reporter.error("interrupted; what was begun was taken back.", EXIT_INTERRUPTED)
+    except (Interrupted, KeyboardInterrupt, EOFError) as error:
+        reporter.error(_interrupted(error), EXIT_INTERRUPTED)
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # Whoever read the help has enough of it.  What a command prints goes through the Reporter, which knows.

@@ -60,6 +60,25 @@ class Progress(Event):
     total: int
 
 
+@dataclass(frozen=True, slots=True)
+class ServedExport:
+    """A disk of a backup that NBD clients can read at ``uri``; ``name`` is the export's, ``size`` is bytes."""
+
+    name: str
+    disk: str
+    size: int
+    uri: str
+
+
+@dataclass(frozen=True, slots=True)
+class Serving(Event):
+    """A backup's disks are served from now on."""
+
+    event: ClassVar[str] = "serving"
+    backup: str
+    exports: tuple[ServedExport, ...]
+
+
 Emit = Callable[[Event], None]
 
 

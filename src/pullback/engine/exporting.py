@@ -140,28 +140,34 @@ def _target(facts: Facts, state: ExportState) -> str:
     return frozen or next(own, "")
 
 
-def _server(request: ExportRequest, running: ServerMark | None) -> ServerMark:
-    """Where the NBD server is to listen; UsageError for an address that is unsafe or impossible.
-
-    Any port will do where none is named: also that of the server that is ``running``.
-    """
-    address = request.address
+def check_address(address: Address, tls: str | None, insecure: bool) -> None:
+    """UsageError for an address that is unsafe or impossible."""
     if isinstance(address, UnixAddress):
         path = address.path.encode(errors="surrogateescape")
         if not address.path.startswith("/") or len(path) > _LONGEST_PATH or b"\0" in path:
             raise UsageError(
                 f"the socket {address.path} is not an absolute path of at most {_LONGEST_PATH} bytes",
             )
-        return ServerMark("unix", address.path, request.tls)
-    if request.tls is None and not request.insecure:
+    elif tls is None and not insecure:
         raise UsageError(
             f"an export on TCP ({address}) without TLS lets everybody on the way read the disks",
             todo="Give certificates with --tls DIR, or say --insecure.",
         )
-    if request.tls is not None and not (Path(request.tls) / "server-cert.pem").is_file():
+    elif tls is not None and not (Path(tls) / "server-cert.pem").is_file():
         raise UsageError(
-            f"{request.tls} holds no server-cert.pem", todo="It needs ca-cert.pem, server-cert.pem and server-key.pem."
+            f"{tls} holds no server-cert.pem", todo="It needs ca-cert.pem, server-cert.pem and server-key.pem."
         )
+
+
+def _server(request: ExportRequest, running: ServerMark | None) -> ServerMark:
+    """Where the NBD server is to listen; UsageError for an address that is unsafe or impossible.
+
+    Any port will do where none is named: also that of the server that is ``running``.
+    """
+    address = request.address
+    check_address(address, request.tls, request.insecure)
+    if isinstance(address, UnixAddress):
+        return ServerMark("unix", address.path, request.tls)
     if running is not None and not address.port:
         used = running.place.rpartition(":")[2]
         if running == ServerMark("inet", f"{address.host}:{used}", request.tls):

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serving a backup: its disks as read-only NBD exports of our own server, until it is stopped.
+
+The repository's lock is held meanwhile, so that no prune takes away what a reader will ask for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import ssl
+import stat
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pullback.engine.chunk_cache import ChunkCache
+from pullback.engine.events import Emit, Note, ServedExport, Serving
+from pullback.engine.exporting import check_address
+from pullback.engine.served_disk import ServedDisk
+from pullback.engine.walking import walk
+from pullback.engine.workdir import work_directory
+from pullback.errors import BackupNotFound, Damaged, PullbackError, RepositoryError, RepositoryLocked, UsageError
+from pullback.model.manifest import DiskEntry, Manifest, parse_manifest
+from pullback.model.units import MIB
+from pullback.nbd.address import Address, UnixAddress
+from pullback.nbd.server import NbdServer
+from pullback.plan.restore import choose_disks
+from pullback.qemu.monitor import Peer
+from pullback.repository.blob import BlobId
+from pullback.repository.layout import StoredBackup
+from pullback.repository.locks import RepositoryLock
+from pullback.repository.repository import Repository
+from pullback.repository.snapshots import LATEST, Snapshot, find_snapshot
+
+CACHE_SIZE = 64 * MIB
+
+#: Requests answered at a time: of those that wait for a store, and for one another's chunks, there have to be some.
+_WORKERS = 4 * (os.cpu_count() or 1)
+_AHEAD = max(4, os.cpu_count() or 1)
+#: Seconds between two looks at whether the repository's lock is still ours.
+_LOOK_EVERY = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServeRequest:
+    """What to serve where.
+
+    ``address`` may be a TCP one with port 0 (a free one is taken), or None for a unix socket in a new directory that
+    only we may enter.  ``tls`` is a directory with ca-cert.pem, server-cert.pem and server-key.pem; TCP without it
+    needs ``insecure``.  ``cache_size`` is bytes of chunks that are held.
+    """
+
+    backup: str
+    disks: tuple[str, ...] = ()
+    address: Address | None = None
+    tls: str | None = None
+    insecure: bool = False
+    cache_size: int = CACHE_SIZE
+    lock_retry: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What was served: the backup's id, bytes of chunks loaded from the repository, and for how long."""
+
+    backup: str
+    bytes_loaded: int
+    seconds: float
+
+
+class _Everything:
+    """A container of all trees: ``walk`` then loads none of the segments."""
+
+    def __contains__(self, tree: object) -> bool:
+        return True
+
+
+class Serve:
+    """One server; :meth:`run` serves until :meth:`stop`, which is to be called in the same event loop."""
+
+    def __init__(self, request: ServeRequest, open_repository: Callable[[], Repository], emit: Emit) -> None:
+        self._request = request
+        self._open = open_repository
+        self._emit = emit
+        self._stopping = asyncio.Event()
+        self._lock: RepositoryLock | None = None
+
+    def stop(self) -> None:
+        """End soon: ``run`` returns if it serves already, and raises otherwise."""
+        self._stopping.set()
+        if self._lock is not None:
+            self._lock.give_up()
+
+    async def run(self) -> Served:
+        """Serve; a Serving event says when clients can connect.
+
+        UsageError, BackupNotFound, Damaged and RepositoryError before that.  RepositoryLocked if the lock is lost
+        later.  What cannot be read of a disk fails the requests for it only, and is told once.
+        """
+        begin = time.monotonic()
+        request = self._request
+        if request.address is not None:
+            check_address(request.address, request.tls, request.insecure)
+        tls = _tls_context(request.tls) if request.tls is not None else None
+        repository = await asyncio.to_thread(self._open)
+        self._lock = repository.lock(retry=request.lock_retry, waiting=lambda note: self._emit(Note(note)))
+        self._check_stopped()
+        await asyncio.to_thread(self._acquire, self._lock)
+        cache = ChunkCache(repository, request.cache_size, _AHEAD)
+        try:
+            snapshot, manifest, disks = await asyncio.to_thread(self._disks, repository, cache)
+            self._check_stopped()
+            descriptions = dict.fromkeys(disks, f"backup {snapshot.short_id} of {manifest.domain}, {manifest.time}")
+            async with self._listening(disks, descriptions, tls) as address:
+                exports = [
+                    ServedExport(name, name, disk.size, address.uri(name, tls=tls is not None))
+                    for name, disk in disks.items()
+                ]
+                self._emit(Serving(snapshot.id, tuple(exports)))
+                await self._until_stopped(self._lock)
+        finally:
+            await asyncio.to_thread(cache.close)
+            await asyncio.to_thread(self._lock.release)
+        return Served(snapshot.id, cache.bytes_loaded, time.monotonic() - begin)
+
+    def _check_stopped(self) -> None:
+        if self._stopping.is_set():
+            raise PullbackError("serving was interrupted before it began")
+
+    def _acquire(self, lock: RepositoryLock) -> None:
+        """Take the lock; where none can be written (a full or read-only file system) say so and do without.
+
+        Every chunk is verified: the worst that a prune beside us can do is that some cannot be read.
+        """
+        try:
+            lock.acquire()
+        except RepositoryError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            self._emit(Note(f"Serving without a lock, so nothing may prune the repository meanwhile: {error.what}."))
+
+    async def _until_stopped(self, lock: RepositoryLock) -> None:
+        while not self._stopping.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), _LOOK_EVERY)
+            try:
+                lock.check()
+            except RepositoryLocked as error:
+                raise RepositoryLocked(
+                    error.what,
+                    means="Serving ended: a prune may take away what readers need. The backup itself is untouched.",
+                    todo="Serve it again.",
+                ) from error
+
+    # -- the backup -----------------------------------------------------------------------------------------------
+
+    def _disks(self, repository: Repository, cache: ChunkCache) -> tuple[Snapshot, Manifest, dict[str, ServedDisk]]:
+        snapshot = self._find(repository)
+        manifest = parse_manifest(StoredBackup(repository, snapshot).manifest_bytes())
+        chosen = choose_disks(manifest, self._request.disks)
+        segments = _segments(repository, snapshot, chosen)
+        disks = {
+            disk.target: ServedDisk(
+                repository,
+                cache,
+                disk.virtual_size,
+                manifest.segment_size,
+                segments[disk.target],
+                self._teller(disk.target),
+            )
+            for disk in chosen
+        }
+        return snapshot, manifest, disks
+
+    def _teller(self, target: str) -> Callable[[int, int, RepositoryError], None]:
+        def tell(offset: int, length: int, error: RepositoryError) -> None:
+            self._emit(
+                Note(
+                    f"{target}: bytes {offset:,}-{offset + length - 1:,} cannot be read: {error.what}. Who reads there"
+                    " gets an input/output error; everything else is served."
+                )
+            )
+
+        return tell
+
+    def _find(self, repository: Repository) -> Snapshot:
+        """The backup asked for; a broken snapshot file is in the way only of what is asked for as the newest."""
+        broken: list[Damaged] = []
+        known = repository.snapshots(broken=broken.append)
+        if broken and self._request.backup.rpartition("@")[2] == LATEST:
+            raise Damaged(
+                f"it cannot be told which backup is the newest: {broken[0].what}",
+                means="Nothing is served.",
+                todo="Name a backup by its id: pullback list shows those that can be read.",
+            )
+        try:
+            return find_snapshot(known, self._request.backup)
+        except BackupNotFound as error:
+            raise (broken[0] if broken else error) from None  # it may be the broken one
+
+    # -- the server -----------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _listening(
+        self, disks: dict[str, ServedDisk], descriptions: dict[str, str], tls: ssl.SSLContext | None
+    ) -> AsyncIterator[Address]:
+        with _place(self._request.address) as address:
+            async with NbdServer(disks, tls=tls, workers=_WORKERS, descriptions=descriptions) as server:
+                try:
+                    if isinstance(address, UnixAddress):
+                        _remove_dead(Path(address.path))
+                    yield await server.listen(address)
+                except OSError as error:
+                    raise UsageError(
+                        f"cannot listen at {address}: {error.strerror or error}", means="Nothing is served."
+                    ) from error
+
+
+def _segments(repository: Repository, snapshot: Snapshot, disks: Sequence[DiskEntry]) -> dict[str, list[BlobId]]:
+    """The trees of each disk's segments, in order; Damaged where a disk's own tree cannot be read."""
+    found: dict[str, dict[int, BlobId]] = {disk.target: {} for disk in disks}
+    for piece in walk(repository, snapshot, _Everything()):
+        if piece.wrong and (piece.disk is None or piece.disk in found):
+            raise Damaged(
+                f"The backup {snapshot.short_id} cannot be served: {piece.wrong}",
+                means="Nothing is served.",
+                todo="Choose other disks with --disk, or another backup.",
+            )
+        if piece.number is not None and piece.disk in found:
+            found[piece.disk][piece.number] = piece.tree
+    for target, numbered in found.items():
+        if sorted(numbered) != list(range(len(numbered))):
+            raise Damaged(f"Segments of {target} are missing from the backup {snapshot.short_id}")
+    return {target: [numbered[number] for number in sorted(numbered)] for target, numbered in found.items()}
+
+
+@contextmanager
+def _place(address: Address | None) -> Iterator[Address]:
+    """The address, or a socket in a new directory that only we may enter."""
+    if address is not None:
+        yield address
+        return
+    with work_directory(_runtime_directory(), Peer(os.getpid(), os.geteuid(), os.getegid())) as directory:
+        yield UnixAddress(str(directory / "nbd"))
+
+
+def _runtime_directory() -> str:
+    places = ("/run", f"/run/user/{os.geteuid()}", "/tmp")
+    return next((place for place in places if os.access(place, os.W_OK | os.X_OK)), "/tmp")
+
+
+def _remove_dead(path: Path) -> None:
+    """Remove a unix socket that nobody listens at: a server that was killed left it."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            return
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(str(path))
+    except FileNotFoundError:
+        return
+    except ConnectionRefusedError:
+        path.unlink(missing_ok=True)
+
+
+def _tls_context(directory: str) -> ssl.SSLContext:
+    """A server's context that wants a client's certificate of the same authority, as QEMU's exports do."""
+    place = Path(directory)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_cert_chain(place / "server-cert.pem", place / "server-key.pem")
+        context.load_verify_locations(place / "ca-cert.pem")
+    except OSError as error:  # ssl.SSLError is one
+        raise UsageError(
+            f"the certificates in {directory} cannot be used: {error.strerror or error}",
+            todo="It needs ca-cert.pem, server-cert.pem and server-key.pem.",
+        ) from error
+    return context
