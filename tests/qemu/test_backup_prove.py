@@ -318,3 +318,14 @@ def file_blocks(qemu: BareQemu, place: Path) -> list[int]:
     """Bytes that QEMU's open files in a directory take there; the scratch has no name any more."""
     links = Path(f"/proc/{qemu.pid}/fd").iterdir()
     return [link.stat().st_blocks * 512 for link in links if os.readlink(link).startswith(str(place))]
+
+
+def test_a_stopped_domain_is_proved(lab_dir: Path) -> None:
+    stage = Stage(lab_dir)
+    disk = stage.disk("vda", 4 * MIB)
+    for how in ("--prove", "--prove=all"):
+        done = stage.cli("backup", how, f"disk:{disk.path}", "--scratch", stage.scratch, "--name", "off", "--json")
+        assert done.code == 0, done.out
+        proved = done.event("backup")["proved"]
+        assert proved["changed"] + proved["unchanged"] == 4 * MIB
+    assert proved["changed"] == 0
