@@ -219,7 +219,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--load", action="append", choices=[*LOADS, "postgres"], help="only these loads")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--everything", action="store_true", default=None, help="every strategy for real, with every load")
-    how.add_argument("--simulated", action="store_false", dest="everything", default=None, help="none: half a minute")
+    how.add_argument("--simulated", action="store_false", dest="everything", default=None, help="none: a minute")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, help="the index in memory, or not")
     return parser.parse_args()
 
@@ -236,8 +236,9 @@ def main() -> None:
         os.chmod(place, 0o711)  # noqa: PTH101
         for name in chosen:
             run_load(name, Path(place), size, increments, asked.everything)
-        if asked.memory if asked.memory is not None else not asked.load:
+        if not asked.load:
             segment_sizes()
+        if asked.memory if asked.memory is not None else not asked.load and asked.everything is not False:
             index_memory(Path(place), 100_000 if asked.quick else 400_000)
 
 
