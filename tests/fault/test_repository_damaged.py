@@ -125,11 +125,12 @@ def name_of(file: Path) -> str:
 
 
 def restored(place: Path, backup: str, to: Path, name: str) -> PullbackError | None:
-    """Restore; either the bytes are right, or nothing is left and this is the error."""
+    """Restore; either the bytes are right, or no image has its name and this is the error."""
     try:
         Restore(RestoreRequest(backup, to, (), "raw"), lambda: open_repository(place), silent).run()
     except PullbackError as error:
-        assert not to.exists()
+        assert not list(to.glob("*.raw"))
+        shutil.rmtree(to, ignore_errors=True)
         return error
     assert (to / "vda.raw").read_bytes() == DISKS[name]
     return None

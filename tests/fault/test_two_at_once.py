@@ -124,7 +124,7 @@ def test_two_restores_into_one_directory(lab_dir: Path, stored: Path, monkeypatc
 
     def second_one(self: LocalStore, *arguments: object, **keywords: object) -> bytes:
         """A restore that comes while the first one reads its first pack."""
-        if not refused and (lab_dir / "to" / "vda.qcow2.part").exists():
+        if not refused and (lab_dir / "to" / "vda.qcow2.partial").exists():
             refused.append("")
             try:
                 Restore(request, lambda: open_repository(stored), silent).run()
@@ -148,12 +148,13 @@ def test_a_restore_that_died_disturbs_nobody(lab_dir: Path, stored: Path, monkey
         def killed(*_: object) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
-        monkeypatch.setattr("pullback.engine.restore._publish", killed)
+        monkeypatch.setattr("pullback.engine.restore.publish", killed)
         Restore(request, lambda: open_repository(stored), silent).run()
         return 0
 
     assert forked(die) == -signal.SIGKILL
-    assert [path.name for path in (lab_dir / "to").iterdir()] == ["vda.qcow2.part"]
+    left = {path.name for path in (lab_dir / "to").iterdir()}
+    assert left == {"vda.qcow2.partial", "vda.qcow2.partial.json"}
     Restore(request, lambda: open_repository(stored), silent).run()
     assert [path.name for path in (lab_dir / "to").iterdir()] == ["vda.qcow2"]
     assert list((lab_dir / "work").iterdir()) == []
@@ -164,7 +165,7 @@ def test_a_stopped_restore_leaves_nothing(lab_dir: Path, stored: Path, monkeypat
     write = NbdConnection.submit_write
 
     def stop(self: NbdConnection, *arguments: Any) -> int:
-        assert (lab_dir / "to" / "vda.qcow2.part").exists()
+        assert (lab_dir / "to" / "vda.qcow2.partial").exists()
         restore.stop()
         return write(self, *arguments)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -133,10 +132,10 @@ def test_targets_that_cannot_be_written(made: Made, lab_dir: Path) -> None:
         done = made.stage.cli("restore", "latest", "--to", to)
         assert done.code == 9
         assert str(to) in done.err
-    (lab_dir / "to" / "vda.qcow2.part").mkdir(parents=True)
+    (lab_dir / "to" / "vda.qcow2.partial").mkdir(parents=True)
     done = made.stage.cli("restore", "latest", "--to", lab_dir / "to")
     assert done.code == 9
-    assert [path.name for path in (lab_dir / "to").iterdir()] == ["vda.qcow2.part"]
+    assert [path.name for path in (lab_dir / "to").iterdir()] == ["vda.qcow2.partial"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root is not stopped by permissions")
@@ -185,19 +184,28 @@ def test_signals_end_a_restore(lab_dir: Path, bare_qemu: Start) -> None:
         for at in range(4):
             qemu.device_write("vda", at * 32 * MIB, 32 * MIB, os.urandom(MIB + 4096))
         stage.backup(qemu)
-    to = lab_dir / "to"
+    state = images.raw_bytes(lab_dir / "vda.qcow2")
     for number in (signal.SIGINT, signal.SIGTERM):
+        to = lab_dir / f"to-{number.name}"
         with stage.running("restore", "latest", "--to", to, "--json") as process:
             assert process.stdout is not None
             line = json.loads(process.stdout.readline())
             assert line["event"] == "progress"
             process.send_signal(number)
-            code = process.wait(timeout=30)
+            out, _ = process.communicate(timeout=30)
+            code = process.returncode
         # It may have been quick; then all is there.
         assert code == (0 if (to / "vda.qcow2").exists() else 130)
-        if code == 0:
-            shutil.rmtree(to)
-        assert not to.exists()
+        said = json.loads(out.splitlines()[-1])
+        if code == 130 and to.exists():
+            assert said["message"].startswith("interrupted. What was restored is kept")
+            assert {path.name for path in to.iterdir()} == {"vda.qcow2.partial", "vda.qcow2.partial.json"}
+        elif code == 130:
+            assert said["message"].startswith("interrupted; what was begun was taken back")
+        if code == 130:
+            assert stage.cli("restore", "latest", "--to", to).code == 0
+        assert images.raw_bytes(to / "vda.qcow2") == state
+        assert [path.name for path in to.iterdir()] == ["vda.qcow2"]
 
 
 # -- restic as the judge ------------------------------------------------------------------------------------------

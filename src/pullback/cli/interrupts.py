@@ -14,7 +14,7 @@ EXIT_INTERRUPTED = 130
 
 
 class Interrupted(Exception):
-    """The user, or the system, asked us to end."""
+    """The user, or the system, asked us to end; its cause may say what that means."""
 
 
 def run_interruptible(work: Coroutine[Any, Any, T], stop: Callable[[], None] | None = None) -> T:
@@ -48,7 +48,7 @@ async def _run(work: Coroutine[Any, Any, T], stop: Callable[[], None] | None) ->
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
     if hit and (task.cancelled() or task.exception() is not None):
-        raise Interrupted
+        raise Interrupted from (None if task.cancelled() else task.exception())
     try:
         return task.result()
     except BrokenPipeError as error:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,8 +15,11 @@ from pullback.cli import options as opt
 from pullback.cli.interrupts import run_interruptible
 from pullback.cli.passwords import repository_opener
 from pullback.cli.reporter import Reporter
-from pullback.errors import UsageError
+from pullback.errors import DamageFound, UsageError
 from pullback.model.units import human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from pullback.engine.restore import RestoreResult
 
 
 def restore(
@@ -27,6 +31,21 @@ def restore(
     image_format: Annotated[
         str, typer.Option("--format", metavar="qcow2|raw", help="The format of the images")
     ] = "qcow2",
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace images that are there once the new ones are whole; give up unfinished ones"
+        ),
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the images again, and compare them with the backup")
+    ] = False,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Restore what can be read of a damaged backup; zeroes for the rest")
+    ] = False,
+    no_space_check: Annotated[
+        bool, typer.Option("--no-space-check", help="Begin even if the images seem not to fit")
+    ] = False,
     repo: opt.Repo = None,
     password_file: opt.PasswordFile = None,
     password_command: opt.PasswordCommand = None,
@@ -43,23 +62,53 @@ def restore(
     opener = repository_opener(where, opt.cache_options(cache_dir, no_cache, json))
     from pullback.engine.restore import Restore, RestoreRequest
 
-    request = RestoreRequest(backup_id, to, tuple(disk or ()), "raw" if image_format == "raw" else "qcow2", lock_retry)
+    request = RestoreRequest(
+        backup_id,
+        to,
+        tuple(disk or ()),
+        "raw" if image_format == "raw" else "qcow2",
+        lock_retry,
+        overwrite=overwrite,
+        verify=verify,
+        keep_going=keep_going,
+        check_space=not no_space_check,
+    )
     reporter = Reporter(json)
     work = Restore(request, opener, reporter.emit)
     with reporter.working():
         result = run_interruptible(asyncio.to_thread(work.run), stop=work.stop)
-    reporter.answer(
-        {
-            "event": "restore",
-            "backup": result.backup,
-            "disks": [dataclasses.asdict(one) for one in result.disks],
-            "seconds": round(result.seconds, 3),
-        },
-        [
-            *(
-                f"{one.path}: {human_bytes(one.virtual_size)}, wrote {human_bytes(one.bytes_written)}"
-                for one in result.disks
-            ),
-            f"restored backup {result.backup[:8]} of {result.manifest.domain} in {human_seconds(result.seconds)}",
-        ],
+    reporter.answer(_result_json(result), list(_result_lines(result)))
+    _tell_losses(result)
+
+
+def _result_json(result: RestoreResult) -> dict[str, Any]:
+    return {
+        "event": "restore",
+        "backup": result.backup,
+        "disks": [dataclasses.asdict(one) for one in result.disks],
+        "verified": result.verified,
+        "seconds": round(result.seconds, 3),
+    }
+
+
+def _result_lines(result: RestoreResult) -> Iterator[str]:
+    for one in result.disks:
+        kept = f", kept {human_bytes(one.bytes_kept)} of an interrupted restore" if one.bytes_kept else ""
+        yield f"{one.path}: {human_bytes(one.virtual_size)}, wrote {human_bytes(one.bytes_written)}{kept}"
+        for span in one.lost:
+            yield f"{one.path}: bytes {span.offset:,}-{span.end - 1:,}: lost, zeroes in the image"
+    verified = ", read again and compared" if result.verified else ""
+    yield (
+        f"restored backup {result.backup[:8]} of {result.manifest.domain} in {human_seconds(result.seconds)}{verified}"
     )
+
+
+def _tell_losses(result: RestoreResult) -> None:
+    lost = {disk.target: sum(span.length for span in disk.lost) for disk in result.disks if disk.lost}
+    if lost:
+        said = ", ".join(f"{human_bytes(count)} of {target}" for target, count in lost.items())
+        raise DamageFound(
+            f"the backup is damaged: {said} could not be restored",
+            means="The images have zeroes there, and are right everywhere else.",
+            todo="See pullback verify for what is damaged; another backup may hold these bytes.",
+        )

@@ -169,17 +169,23 @@ class StoredBackup:
         """The names of the disks."""
         return [node.name for node in self._root.nodes if node.type == "dir"]
 
-    def segments(self, disk: str) -> list[SegmentRef]:
-        """The segments of a disk, in order; reads the trees of the first and the last one only."""
+    def subtrees(self, disk: str) -> list[BlobId]:
+        """The trees of a disk's segments, in order; none of them is read."""
         nodes = [node for node in self._enter(self._root, disk).nodes if node.type == "dir"]
         numbered = sorted((self._number(disk, node), node.subtree) for node in nodes if node.subtree is not None)
         if [number for number, _ in numbered] != list(range(len(nodes))):
             raise self._wrong(f"segments of the disk {disk} are missing")
-        if not numbered:
+        return [subtree for _, subtree in numbered]
+
+    def segments(self, disk: str) -> list[SegmentRef]:
+        """The segments of a disk, in order; reads the trees of the first and the last one only."""
+        subtrees = self.subtrees(disk)
+        if not subtrees:
             return []
-        full, last = self._file(numbered[0][1]).size, self._file(numbered[-1][1]).size
+        full, last = self._file(subtrees[0]).size, self._file(subtrees[-1]).size
         return [
-            SegmentRef(number, subtree, last if number == len(numbered) - 1 else full) for number, subtree in numbered
+            SegmentRef(number, subtree, last if number == len(subtrees) - 1 else full)
+            for number, subtree in enumerate(subtrees)
         ]
 
     def _number(self, disk: str, node: Node) -> int:

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing a backup's disks into images, over NBD into QEMU's own drivers; what is durable is kept beside them.
+
+    segments ─► window ─► packs, each in one sweep ─► verified blobs ─► writes
+                                                                          │ every few seconds
+                                                     flush ─► state file ◄┘
+
+Memory: for each thread at most one read of a pack (16 MiB) and one blob, and the list of one window's blobs.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+
+from pullback.engine.events import Emit
+from pullback.engine.source import DiskSource
+from pullback.engine.targets import Target, spans_by_target
+from pullback.engine.workers import Connections, Work
+from pullback.errors import NbdRefused, PullbackError, RestoreError
+from pullback.nbd.address import UnixAddress
+from pullback.nbd.blocking import NbdConnection
+from pullback.plan.restore import PackRead, Place, holds, pack_reads, windows
+from pullback.repository.blob import BlobId, PackId
+
+#: Writes under way on one connection.
+_IN_FLIGHT = 8
+#: Seconds between two flushes: so much of the work is done again after a crash, at most.
+CHECKPOINT_EVERY = 5.0
+
+Read = PackRead[PackId, BlobId]
+
+
+class Writing(Work[Read]):
+    """Reads packs and writes blobs to where they belong; ``written`` and ``kept`` are bytes per disk, without zeroes.
+
+    What the state of a target says is done is neither read nor written.
+    """
+
+    name = "restore"
+
+    def __init__(self, source: DiskSource, targets: Sequence[Target], address: UnixAddress) -> None:
+        super().__init__(address, sum(disk.virtual_size for disk in source.disks))
+        self._source = source
+        self._targets: Mapping[str, Target] = {target.name: target for target in targets}
+        self._had = {target.name: target.state.done for target in targets}
+        self._keeping = threading.Lock()
+        self._due = time.monotonic() + CHECKPOINT_EVERY
+        self.written = dict.fromkeys(self._targets, 0)
+        self.kept = dict.fromkeys(self._targets, 0)
+
+    def items(self) -> Iterator[Read]:
+        for window in windows(self._source.segments()):
+            zeroes, left = [], []
+            for blob, place in window:
+                if self._source.is_zero(blob, place.length):
+                    # A new image is zero where nothing is written.
+                    zeroes.append(place)
+                elif holds(self._had[place.target], place):
+                    self.kept[place.target] += place.length
+                    self.done += place.length
+                else:
+                    left.append((blob, place))
+            self._account(zeroes)
+            yield from pack_reads(left, self._source.pack_of)
+
+    def carry(self, item: Read, connections: Connections) -> None:
+        done: list[Place] = []
+        for blob, data in self._source.load(item.pack, item.places):
+            for place in item.places[blob]:
+                connection = connections.to(place.target)
+                connection.submit_write(place.offset, data)
+                done.append(place)
+                if connection.pending >= _IN_FLIGHT:
+                    connection.wait()
+        for connection in connections.open.values():
+            while connection.pending:
+                connection.wait()
+        with self.lock:
+            for place in done:
+                self.written[place.target] += place.length
+            self._account(done)
+        if time.monotonic() >= self._due and self._keeping.acquire(blocking=False):
+            try:
+                self._keep(connections)
+            finally:
+                self._due = time.monotonic() + CHECKPOINT_EVERY
+                self._keeping.release()
+
+    def run(self, emit: Emit) -> None:
+        """Write everything and make it durable; raises the first failure when all threads have ended."""
+        super().run(emit)
+        for target in self._targets.values():
+            if target.has_fresh:
+                with NbdConnection.connect(self._address, target.name) as connection:
+                    self._keep_target(target, connection)
+
+    def explain(self, error: PullbackError) -> PullbackError:
+        if isinstance(error, NbdRefused) and error.errno == errno.ENOSPC:
+            return RestoreError(
+                "there is no space left for the images", todo="Make room, and run the same command again: it goes on."
+            )
+        return error
+
+    def keep_what_is_written(self) -> None:
+        """After the threads have ended, whatever ended them: keep what was written, as far as that is possible."""
+        for target in self._targets.values():
+            with suppress(PullbackError), self._keeping, NbdConnection.connect(self._address, target.name) as one:
+                self._keep_target(target, one)
+
+    def _account(self, places: Sequence[Place]) -> None:
+        with self.lock:
+            self.done += sum(place.length for place in places)
+            for name, spans in spans_by_target(places).items():
+                self._targets[name].written(spans)
+
+    def _keep(self, connections: Connections) -> None:
+        for target in self._targets.values():
+            if target.has_fresh:
+                self._keep_target(target, connections.to(target.name))
+
+    def _keep_target(self, target: Target, connection: NbdConnection) -> None:
+        """What was written before the flush is durable after it, on whichever connection it came."""
+        with self.lock:
+            fresh = target.take_fresh()
+        try:
+            connection.flush()
+            target.durable(fresh)
+        except PullbackError:
+            with self.lock:
+                target.written(fresh)
+            raise
