@@ -29,11 +29,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.index import PASSWORD, make_files
+from pullback.errors import NbdDisconnected
 from pullback.nbd.address import UnixAddress
 from pullback.nbd.blocking import NbdConnection
 from pullback.nbd.protocol import AllocationFlag
 from pullback.nbd.server import NbdServer
-from pullback.nbd.stream import connect_socket
 
 GIB = 1 << 30
 BLOCK = 64 << 10
@@ -95,15 +95,15 @@ async def serve(path: str, data: int) -> None:
         await asyncio.to_thread(sys.stdin.read)
 
 
-def await_socket(path: Path) -> None:
-    """Wait until somebody listens there."""
+def connected(path: Path, export: str = "") -> NbdConnection:
+    """A connection to a server that has just been started."""
     deadline = time.monotonic() + START_SECONDS
     while True:
-        with contextlib.suppress(OSError):
-            connect_socket(UnixAddress(str(path)), 1.0).close()
-            return
-        if time.monotonic() > deadline:
-            raise TimeoutError(path)
+        try:
+            return NbdConnection.connect(UnixAddress(str(path)), export)
+        except NbdDisconnected:
+            if time.monotonic() > deadline:
+                raise
         time.sleep(0.02)
 
 
@@ -171,15 +171,13 @@ class Bench:
         for disk, image in self.images.items():
             simulated, path = SimulatedDisk(DISKS[disk], self.data), self.place / "write"
             command = ["qemu-nbd", "--persistent", "--format", "qcow2", "--socket", str(path), str(image)]
-            with ended(subprocess.Popen(command), close=False):
-                await_socket(path)
-                with NbdConnection.connect(UnixAddress(str(path)), "") as connection:
-                    for block in blocks:
-                        connection.submit_write(simulated.place(block), content(f"{name} {block}"))
-                        if connection.pending >= 8:
-                            connection.wait()
-                    while connection.pending:
+            with ended(subprocess.Popen(command), close=False), connected(path) as connection:
+                for block in blocks:
+                    connection.submit_write(simulated.place(block), content(f"{name} {block}"))
+                    if connection.pending >= 8:
                         connection.wait()
+                while connection.pending:
+                    connection.wait()
             path.unlink(missing_ok=True)
 
 
@@ -189,7 +187,7 @@ def run(place: Path, data: int, blobs: int) -> int:
     socket = place / "data"
     command = [sys.executable, "-m", "bench.real_sizes", "--serve", str(socket), "--data", str(data >> 30)]
     with ended(subprocess.Popen(command, stdin=subprocess.PIPE), close=True):
-        await_socket(socket)
+        connected(socket, "big").close()
         for disk, image in bench.images.items():
             convert = ["qemu-img", "convert", "-c", "-W", "-m", "8", "-f", "raw", "-O", "qcow2"]
             subprocess.run(

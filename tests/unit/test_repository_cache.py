@@ -12,7 +12,7 @@ from pathlib import Path
 import obstore.store
 import pytest
 
-from pullback.repository import index_loader
+from pullback.repository import index_cache, index_loader
 from pullback.repository.blob import BlobId, BlobKind, blob_id
 from pullback.repository.cache_folder import UNUSED_SECONDS, CacheFolder, default_cache_directory
 from pullback.repository.cached_store import CachedStore
@@ -84,6 +84,29 @@ class Opened:
         assert not index.has(BlobKind.TREE, blob_id(CONTENT[0]))
         assert not index.has(BlobKind.DATA, BlobId(bytes(32)))
         return lengths == [2000] * 40
+
+
+@pytest.mark.parametrize("records_each", [1, 1000])
+def test_who_asks_for_many_blobs_reads_the_file_in_one_go_and_once(
+    place: Path, monkeypatch: pytest.MonkeyPatch, records_each: int
+) -> None:
+    Opened(place).knows_all()
+    pieces: list[int] = []
+    pread = os.preadv
+
+    def watched(file: int, buffers: list[bytearray], offset: int) -> int:
+        pieces.append(pread(file, buffers, offset))
+        return pieces[-1]
+
+    monkeypatch.setattr(index_cache, "_MANY", records_each)
+    monkeypatch.setattr(index_cache, "_PIECE", 1000)
+    monkeypatch.setattr(os, "preadv", watched)
+    again = Opened(place)
+    one = blob_id(CONTENT[0])
+    again.repository.index.lengths(BlobKind.DATA, [one])
+    assert (not pieces) == (records_each == 1)
+    assert again.knows_all() and again.knows_all()
+    assert sum(pieces) == again.file.stat().st_size
 
 
 def test_index_files_are_read_once(place: Path) -> None:

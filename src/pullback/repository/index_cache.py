@@ -20,6 +20,7 @@ byte order; the magic tells it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -43,6 +44,11 @@ CRC = struct.Struct("<I")
 HEADER = struct.Struct("=24s32s3IQI16s")
 MAGIC = f"pullback index 1 {sys.byteorder}".encode().ljust(24, b"\0")
 ID = 32
+
+# Whoever asks for one record in so many reads the whole file first: with 10 million blobs that none of the system's
+# caches holds, 1 second in all in place of 0.1 ms for each (measured).
+_MANY = 1024
+_PIECE = 1 << 20
 
 _numbers = struct.Struct("=4I").unpack_from
 _fraction = struct.Struct(">Q").unpack_from
@@ -109,6 +115,8 @@ class IndexCache:
         except OSError as error:
             raise CacheBroken(str(error)) from None
         weakref.finalize(self, os.close, self._file)
+        self._asked = 0
+        self._read_through = False
         self._secrets = secrets
         self.buckets: int
         self.records: int
@@ -140,6 +148,14 @@ class IndexCache:
         if len(content) != length:
             raise CacheBroken("it is too short")
         return content
+
+    def _warm(self) -> None:
+        """Have the system hold the file in its memory, as far as it likes."""
+        piece = bytearray(_PIECE)
+        # A read that fails here fails again where it matters.
+        with contextlib.suppress(OSError):
+            for offset in range(0, self.size, _PIECE):
+                os.preadv(self._file, [piece], offset)
 
     def __len__(self) -> int:
         return self.records
@@ -192,6 +208,10 @@ class IndexCache:
 
     def lengths(self, kind: BlobKind, blobs: Sequence[BlobId]) -> list[int | None]:
         """The plain length of each blob, None where it is not known."""
+        self._asked += len(blobs)
+        if not self._read_through and self._asked * _MANY > self.records:
+            self._read_through = True
+            self._warm()
         pseudonyms = self._secrets.pseudonyms(kind, b"".join(blobs))
         found: list[int | None] = []
         for at in range(PSEUDONYM, len(pseudonyms), ID):
