@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pullback.engine.chunk_cache import ChunkCache
@@ -161,32 +162,16 @@ class Serve:
 
     def _disks(self, repository: Repository, cache: ChunkCache) -> tuple[Snapshot, Manifest, dict[str, ServedDisk]]:
         snapshot = self._find(repository)
-        manifest = parse_manifest(StoredBackup(repository, snapshot).manifest_bytes())
-        chosen = choose_disks(manifest, self._request.disks)
-        segments = _segments(repository, snapshot, chosen)
-        disks = {
-            disk.target: ServedDisk(
-                repository,
-                cache,
-                disk.virtual_size,
-                manifest.segment_size,
-                segments[disk.target],
-                self._teller(disk.target),
-            )
-            for disk in chosen
-        }
+        manifest, disks = served_disks(repository, cache, snapshot, self._request.disks, self._tell)
         return snapshot, manifest, disks
 
-    def _teller(self, target: str) -> Callable[[int, int, RepositoryError], None]:
-        def tell(offset: int, length: int, error: RepositoryError) -> None:
-            self._emit(
-                Note(
-                    f"{target}: bytes {offset:,}-{offset + length - 1:,} cannot be read: {error.what}. Who reads there"
-                    " gets an input/output error; everything else is served."
-                )
+    def _tell(self, target: str, offset: int, length: int, error: RepositoryError) -> None:
+        self._emit(
+            Note(
+                f"{target}: bytes {offset:,}-{offset + length - 1:,} cannot be read: {error.what}. Who reads there"
+                " gets an input/output error; everything else is served."
             )
-
-        return tell
+        )
 
     def _find(self, repository: Repository) -> Snapshot:
         """The backup asked for; a broken snapshot file is in the way only of what is asked for as the newest."""
@@ -219,6 +204,31 @@ class Serve:
                     raise UsageError(
                         f"cannot listen at {address}: {error.strerror or error}", means="Nothing is served."
                     ) from error
+
+
+def served_disks(
+    repository: Repository,
+    cache: ChunkCache,
+    snapshot: Snapshot,
+    wanted: Sequence[str],
+    told: Callable[[str, int, int, RepositoryError], None],
+) -> tuple[Manifest, dict[str, ServedDisk]]:
+    """A backup's manifest, and its disks (all, or those ``wanted``) as backends that share ``cache``.
+
+    ``told`` hears of bytes that cannot be read: of which disk, offset, length and why.  UsageError for a disk that it
+    does not hold, Damaged where manifest or directories cannot be read.
+    """
+    manifest = parse_manifest(StoredBackup(repository, snapshot).manifest_bytes())
+    if not manifest.segment_size:
+        raise Damaged(f"The manifest of the backup {snapshot.short_id} says that segments have no bytes")
+    chosen = choose_disks(manifest, wanted)
+    trees = _segments(repository, snapshot, chosen)
+    disks = {}
+    for disk in chosen:
+        of_disk = partial(told, disk.target)
+        size = disk.virtual_size
+        disks[disk.target] = ServedDisk(repository, cache, size, manifest.segment_size, trees[disk.target], of_disk)
+    return manifest, disks
 
 
 def _segments(repository: Repository, snapshot: Snapshot, disks: Sequence[DiskEntry]) -> dict[str, list[BlobId]]:
