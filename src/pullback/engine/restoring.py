@@ -21,6 +21,7 @@ from pullback.engine.source import DiskSource
 from pullback.engine.targets import Target, spans_by_target
 from pullback.engine.workers import Connections, Work
 from pullback.errors import NbdRefused, PullbackError, RestoreError
+from pullback.model.extents import Cover, Kind, Span, allocation
 from pullback.nbd.address import UnixAddress
 from pullback.nbd.blocking import NbdConnection
 from pullback.plan.restore import PackRead, Place, holds, pack_reads, windows
@@ -30,6 +31,8 @@ from pullback.repository.blob import BlobId, PackId
 _IN_FLIGHT = 8
 #: Seconds between two flushes: so much of the work is done again after a crash, at most.
 CHECKPOINT_EVERY = 5.0
+
+_ALLOCATION = "base:allocation"
 
 Read = PackRead[PackId, BlobId]
 
@@ -41,6 +44,7 @@ class Writing(Work[Read]):
     """
 
     name = "restore"
+    contexts = (_ALLOCATION,)
 
     def __init__(self, source: DiskSource, targets: Sequence[Target], address: UnixAddress) -> None:
         super().__init__(address, sum(disk.virtual_size for disk in source.disks))
@@ -64,8 +68,22 @@ class Writing(Work[Read]):
                     self.done += place.length
                 else:
                     left.append((blob, place))
+            self._clear([place for place in zeroes if not holds(self._had[place.target], place)])
             self._account(zeroes)
             yield from pack_reads(left, self._source.pack_of)
+
+    def _clear(self, zeroes: Sequence[Place]) -> None:
+        """Write zeroes where an image that is gone on with has anything: what was read again and was wrong."""
+        for name, spans in spans_by_target(zeroes).items():
+            if not self._had[name]:
+                continue
+            with self.connect(name) as connection:
+                begin = spans[0].offset
+                found = allocation(connection.extents(_ALLOCATION, begin, spans[-1].end - begin))
+                data = Cover(Span(one.offset, one.length) for one in found if one.kind is Kind.DATA)
+                for span in spans:
+                    if data.meets(span.offset, span.end):
+                        connection.write_zeroes(span.offset, span.length)
 
     def carry(self, item: Read, connections: Connections) -> None:
         done: list[Place] = []

@@ -37,9 +37,11 @@ class DiskSource:
         self._lock = threading.Lock()
 
     def only(self, targets: Sequence[str]) -> DiskSource:
-        """The same backup with fewer disks."""
+        """The same backup with fewer disks; what it loses this one has lost, too."""
         disks = [disk for disk in self.disks if disk.target in targets]
-        return DiskSource(self._repository, self._stored, disks, self.keep_going)
+        fewer = DiskSource(self._repository, self._stored, disks, self.keep_going)
+        fewer._lost, fewer._lock = self._lost, self._lock
+        return fewer
 
     def is_zero(self, blob: BlobId, length: int) -> bool:
         """Whether this is the blob of so many zeroes."""

@@ -225,6 +225,9 @@ def publish(directory: Path, targets: Sequence[Target], overwrite: bool) -> None
         for target in targets:
             target.publish(overwrite)
         sync_directory(directory)
+        # While there is a state file the images that have their names can be told from others.
+        for target in targets:
+            target.partial.unlink(missing_ok=True)
         for target in targets:
             target.forget()
         sync_directory(directory)

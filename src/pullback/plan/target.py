@@ -128,7 +128,9 @@ def _check_unfinished(facts: TargetFacts, ours: bool) -> None:
                 means=NOTHING_WRITTEN,
                 todo=todo,
             )
-    elif partial.kind is not EntryKind.NOTHING and state.inode and not _is_its_image(partial, state):
+    elif partial.kind is EntryKind.NOTHING:
+        return
+    elif state.inode and not _is_its_image(partial, state):
         raise TargetExists(
             f"{partial.path} is not the file that the unfinished restore made", means=NOTHING_WRITTEN, todo=todo
         )
