@@ -10,13 +10,11 @@ Only after that the backup gets its snapshot file.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pullback.engine.pull import IN_FLIGHT, REQUEST, DiskSource, Window, cut, read_failed, submit
-from pullback.errors import Damaged, NbdRefused, PullbackError
+from pullback.engine.reading import IN_FLIGHT, REQUEST, Connections, FrozenDisk, Readers, Window, cut, submit, wait
+from pullback.errors import Damaged, PullbackError
 from pullback.model.extents import Span, merged
 from pullback.model.units import HOT_CHUNK, SECTOR, align_down, align_up
 from pullback.nbd.blocking import NbdConnection
@@ -33,7 +31,7 @@ _ENOUGH = 1000
 class _Batch:
     """What one pack holds of a segment that is to be compared."""
 
-    source: DiskSource
+    disk: FrozenDisk
     size: int
     pack: PackId
     parts: Mapping[BlobId, list[Part]]
@@ -54,15 +52,11 @@ class Proving:
     ``done`` (of ``total`` bytes to compare) may be looked at while it runs.
     """
 
-    def __init__(self, repository: Repository, stored: StoredBackup, disks: Sequence[tuple[DiskSource, Proof]]) -> None:
+    def __init__(self, repository: Repository, stored: StoredBackup, disks: Sequence[tuple[FrozenDisk, Proof]]) -> None:
         self._repository = repository
         self._stored = stored
-        self._lock = threading.Lock()
-        self._batches = self._all_batches(disks)
-        self._connections: list[NbdConnection] = []
+        self._readers = Readers(self._all_batches(disks))
         self._differences: list[Difference] = []
-        self._failure: PullbackError | None = None
-        self._stop = False
         self.total = sum(span.length for _, proof in disks for span in proof.spans)
         self.done = 0
 
@@ -72,34 +66,32 @@ class Proving:
         ProofFailed where the backup differs, Damaged where it cannot be read, SnapshotBroken when the frozen view was
         lost.
         """
-        with ThreadPoolExecutor(threads, thread_name_prefix="pullback-prove") as pool:
-            workers = [pool.submit(self._work) for _ in range(threads)]
+        failure: PullbackError | None = None
+        try:
+            self._readers.run([_Line(self).carry for _ in range(threads)])
+        except PullbackError as error:
+            failure = error
         if self._differences:
             raise proof_failed(sorted(self._differences), more=len(self._differences) > _ENOUGH)
-        if self._failure is not None:
-            raise self._failure
-        for worker in workers:
-            worker.result()
-        if self.done != self.total and not self._stop:
+        if failure is not None:
+            raise failure
+        if self.done != self.total and not self._readers.stopped:
             raise Damaged(f"of {self.total} bytes to compare the backup holds {self.done}")
 
     def stop(self) -> None:
         """Make all threads end soon, from any thread; ``run`` then raises or returns early."""
-        with self._lock:
-            self._stop = True
-            for connection in self._connections:
-                connection.abort()
+        self._readers.stop()
 
-    def _all_batches(self, disks: Sequence[tuple[DiskSource, Proof]]) -> Iterator[_Batch]:
-        for source, proof in disks:
-            segments = self._stored.segments(source.target)
+    def _all_batches(self, disks: Sequence[tuple[FrozenDisk, Proof]]) -> Iterator[_Batch]:
+        for disk, proof in disks:
+            segments = self._stored.segments(disk.target)
             if sum(segment.size for segment in segments) != proof.size:
-                raise Damaged(f"the segments of {source.target} do not add up to the disk's {proof.size} bytes")
+                raise Damaged(f"the segments of {disk.target} do not add up to the disk's {proof.size} bytes")
             for number, claims in claims_by_segment(proof):
                 content = self._stored.content(segments[number])
                 packs = parts_by_pack(content, number * SEGMENT, claims, self._pack_of)
                 for pack, parts in packs.items():
-                    yield _Batch(source, proof.size, pack, parts)
+                    yield _Batch(disk, proof.size, pack, parts)
 
     def _pack_of(self, blob: BlobId) -> PackId:
         place = self._repository.index.lookup(BlobKind.DATA, blob)
@@ -107,35 +99,7 @@ class Proving:
             raise Damaged(f"data blob {blob.hex()} is missing from the repository")
         return place.pack_id
 
-    def _next(self) -> _Batch | None:
-        with self._lock:
-            return None if self._stop else next(self._batches, None)
-
-    def _work(self) -> None:
-        connections: dict[str, NbdConnection] = {}
-        line = _Line(self)
-        try:
-            while (batch := self._next()) is not None:
-                target = batch.source.target
-                if target not in connections:
-                    connections[target] = self._connect(batch.source)
-                line.carry(batch, connections[target], self._comparisons(batch))
-        except PullbackError as error:
-            with self._lock:
-                # What fails after the first failure fails because of it: stop() cuts all connections.
-                self._failure = self._failure or error
-            self.stop()
-        finally:
-            for connection in connections.values():
-                connection.close()
-
-    def _connect(self, source: DiskSource) -> NbdConnection:
-        connection = NbdConnection.connect(source.address, source.export)
-        with self._lock:
-            self._connections.append(connection)
-        return connection
-
-    def _comparisons(self, batch: _Batch) -> Iterator[_Comparison]:
+    def comparisons(self, batch: _Batch) -> Iterator[_Comparison]:
         """What the repository gives back, and where to read it again; the buffers are still to come."""
         for blob, data in self._repository.load_blobs_of_pack(batch.pack, batch.parts):
             view = memoryview(data)
@@ -147,10 +111,10 @@ class Proving:
 
     def compared(self, target: str, part: Part, different: list[Span]) -> None:
         """Account for a part; ends it all when there are differences enough."""
-        with self._lock:
+        with self._readers.lock:
             self.done += part.length
             self._differences += [Difference(target, span, part.changed) for span in different]
-            self._stop = self._stop or len(self._differences) > _ENOUGH
+            self._readers.stopped |= len(self._differences) > _ENOUGH
 
 
 class _Line:
@@ -161,28 +125,26 @@ class _Line:
         self._free = [bytearray(REQUEST) for _ in range(IN_FLIGHT)]
         self._flying: dict[int, _Comparison | None] = {}
 
-    def carry(self, batch: _Batch, connection: NbdConnection, comparisons: Iterator[_Comparison]) -> None:
+    def carry(self, batch: _Batch, connections: Connections) -> None:
         """Make all comparisons of a batch."""
-        for one in comparisons:
+        connection = connections.to(batch.disk)
+        for one in self._proving.comparisons(batch):
             while not self._free:
                 self._take(batch, connection)
             one.window.buffer = self._free.pop()
-            for cookie in submit(connection, one.window, batch.source.unit):
+            for cookie in submit(connection, one.window, batch.disk.unit):
                 self._flying[cookie] = one
         while self._flying:
             self._take(batch, connection)
 
     def _take(self, batch: _Batch, connection: NbdConnection) -> None:
-        try:
-            arrived = self._flying.pop(connection.wait())
-        except NbdRefused as error:
-            raise read_failed(batch.source.target, error) from error
+        arrived = self._flying.pop(wait(connection, batch.disk))
         if arrived is None:
             return
         arrived.window.requests -= 1
         if arrived.window.requests:
             return
-        self._proving.compared(batch.source.target, arrived.part, _different(arrived))
+        self._proving.compared(batch.disk.target, arrived.part, _different(arrived))
         self._free.append(arrived.window.buffer)
         offset, end = arrived.part.offset, arrived.part.offset + arrived.part.length
         # Only whole granules of the scratch: others share theirs with what is still to be compared.

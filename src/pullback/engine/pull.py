@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading frozen disks into a repository: one thread and one connection per core, each doing the whole line.
+"""Pulling frozen disks into a repository: one thread and one connection per core, each doing the whole line.
 
     read (NBD) ─► zero? ─► hash ─► known? ─► compress ─► seal ─► pack ─► store;  then the range is let go
 
@@ -9,17 +9,13 @@ bounded by the threads (a read window and an open pack each) and by the segments
 
 from __future__ import annotations
 
-import errno
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from pullback.errors import NbdRefused, PullbackError, SnapshotBroken
+from pullback.engine.reading import IN_FLIGHT, REQUEST, Connections, FrozenDisk, Readers, Window, cut, submit, wait
 from pullback.model.extents import Span
-from pullback.model.units import CHUNK, MIB, align_up
-from pullback.nbd.address import Address
+from pullback.model.units import CHUNK, MIB
 from pullback.nbd.blocking import NbdConnection
 from pullback.plan.grid import Grid, Places
 from pullback.plan.pull import Act, Run, SegmentPull
@@ -27,9 +23,6 @@ from pullback.repository.blob import BlobId, BlobKind, blob_id
 from pullback.repository.layout import BackupBuilder
 from pullback.repository.writer import PackWriter
 
-#: Bytes asked for in one NBD request, and requests under way on one connection.
-REQUEST = 1 * MIB
-IN_FLIGHT = 4
 #: Bytes that a thread takes on at a time.
 BATCH = 16 * MIB
 
@@ -46,18 +39,16 @@ class BaseSegment:
 
 
 @dataclass(slots=True)
-class DiskSource:
-    """A frozen disk to read: its export, what to build, and what the base holds of it.
+class DiskPull:
+    """A frozen disk to pull: what to build of it, and ``base`` with each segment to build that keeps chunks."""
 
-    ``base`` has each segment to build that keeps chunks.  No request crosses a multiple of ``unit`` bytes.
-    """
-
-    target: str
-    address: Address
-    export: str
+    frozen: FrozenDisk
     segments: Iterator[SegmentPull]
     base: dict[int, BaseSegment] = field(default_factory=dict)
-    unit: int = REQUEST
+
+    @property
+    def target(self) -> str:
+        return self.frozen.target
 
 
 @dataclass(slots=True)
@@ -73,7 +64,7 @@ class DiskCount:
 class _Segment:
     """A segment being built: the ids of its chunks, and how many of its bytes are still to be read."""
 
-    source: DiskSource
+    source: DiskPull
     plan: SegmentPull
     places: Places
     ids: bytearray
@@ -86,30 +77,18 @@ class _Batch:
     span: Span
 
 
-@dataclass(slots=True)
-class Window:
-    """A buffer being filled; ``requests`` of its reads are under way."""
-
-    span: Span
-    buffer: bytearray
-    requests: int = 0
-
-
 class Pull:
     """Carries out the pull of several disks; made once, run once.
 
     ``counts`` (by target) and ``done`` (bytes read) may be looked at while it runs.
     """
 
-    def __init__(self, builder: BackupBuilder, sources: Sequence[DiskSource], let_go: bool) -> None:
+    def __init__(self, builder: BackupBuilder, sources: Sequence[DiskPull], let_go: bool) -> None:
         self._builder = builder
         self._let_go = let_go
-        self._lock = threading.Lock()
-        self._batches = self._all_batches(sources)
-        self._connections: list[NbdConnection] = []
+        self._readers = Readers(self._all_batches(sources))
+        self._lock = self._readers.lock
         self._zero_ids: dict[int, BlobId] = {}
-        self._stop = False
-        self._failure: PullbackError | None = None
         self.counts = {source.target: DiskCount() for source in sources}
         self.done = 0
 
@@ -119,28 +98,20 @@ class Pull:
         SnapshotBroken when the frozen view was lost; TransferError or RepositoryError for the two ends.  The writers
         are not flushed.
         """
-        with ThreadPoolExecutor(len(writers), thread_name_prefix="pullback-pull") as pool:
-            workers = [pool.submit(self._work, writer) for writer in writers]
-        if self._failure is not None:
-            raise self._failure
-        for worker in workers:
-            worker.result()
+        self._readers.run([_Line(self, writer).carry for writer in writers])
 
     def stop(self) -> None:
         """Make all threads end soon, from any thread; ``run`` then raises or returns early."""
-        with self._lock:
-            self._stop = True
-            for connection in self._connections:
-                connection.abort()
+        self._readers.stop()
 
     # -- what there is to do --------------------------------------------------------------------------------------
 
-    def _all_batches(self, sources: Sequence[DiskSource]) -> Iterator[_Batch]:
+    def _all_batches(self, sources: Sequence[DiskPull]) -> Iterator[_Batch]:
         for source in sources:
             for plan in source.segments:
                 yield from self._segment_batches(source, plan)
 
-    def _segment_batches(self, source: DiskSource, plan: SegmentPull) -> Iterator[_Batch]:
+    def _segment_batches(self, source: DiskPull, plan: SegmentPull) -> Iterator[_Batch]:
         places = Places(plan.grid)
         segment = _Segment(source, plan, places, bytearray(_ID * places.count))
         for run in plan.runs:
@@ -173,35 +144,7 @@ class Pull:
             self._zero_ids[length] = blob_id(bytes(length))
         return self._zero_ids[length]
 
-    def _next(self) -> _Batch | None:
-        with self._lock:
-            return None if self._stop else next(self._batches, None)
-
-    # -- one thread -----------------------------------------------------------------------------------------------
-
-    def _work(self, writer: PackWriter) -> None:
-        connections: dict[str, NbdConnection] = {}
-        try:
-            line = _Line(self, writer)
-            while (batch := self._next()) is not None:
-                source = batch.segment.source
-                if source.target not in connections and batch.span.length:
-                    connections[source.target] = self._connect(source)
-                line.carry(batch, connections.get(source.target))
-        except PullbackError as error:
-            with self._lock:
-                # What fails after the first failure fails because of it: stop() cuts all connections.
-                self._failure = self._failure or error
-            self.stop()
-        finally:
-            for connection in connections.values():
-                connection.close()
-
-    def _connect(self, source: DiskSource) -> NbdConnection:
-        connection = NbdConnection.connect(source.address, source.export)
-        with self._lock:
-            self._connections.append(connection)
-        return connection
+    # -- what the threads tell ------------------------------------------------------------------------------------
 
     def read_done(self, segment: _Segment, length: int, new: int, zero: int) -> bool:
         """Account for ``length`` bytes of a segment; whether it is complete now."""
@@ -240,20 +183,23 @@ class _Line:
         self._writer = writer
         self._free = [bytearray(REQUEST) for _ in range(IN_FLIGHT)]
 
-    def carry(self, batch: _Batch, connection: NbdConnection | None) -> None:
+    def carry(self, batch: _Batch, connections: Connections) -> None:
         """Read a batch and store what is in it."""
-        if connection is None or not batch.span.length:
+        if not batch.span.length or self._read(batch, connections.to(batch.segment.source.frozen)):
             self._pull.finish_segment(batch.segment, self._writer)
-            return
+
+    def _read(self, batch: _Batch, connection: NbdConnection) -> bool:
+        """Read a batch and store what is in it; whether its segment is complete now."""
+        frozen = batch.segment.source.frozen
         reads = deque(cut(batch.span, REQUEST))
         flying: dict[int, Window | None] = {}
         complete = False
         while reads or flying:
             while reads and self._free:
                 window = Window(reads.popleft(), self._free.pop())
-                for cookie in submit(connection, window, batch.segment.source.unit):
+                for cookie in submit(connection, window, frozen.unit):
                     flying[cookie] = window
-            arrived = flying.pop(self._wait(connection, batch))
+            arrived = flying.pop(wait(connection, frozen))
             if arrived is None:
                 continue
             arrived.requests -= 1
@@ -263,14 +209,7 @@ class _Line:
             self._free.append(arrived.buffer)
             if self._pull.let_go:
                 flying[connection.submit_trim(arrived.span.offset, arrived.span.length)] = None
-        if complete:
-            self._pull.finish_segment(batch.segment, self._writer)
-
-    def _wait(self, connection: NbdConnection, batch: _Batch) -> int:
-        try:
-            return connection.wait()
-        except NbdRefused as error:
-            raise read_failed(batch.segment.source.target, error) from error
+        return complete
 
     def _store(self, segment: _Segment, span: Span, buffer: bytearray) -> bool:
         new = zero = 0
@@ -303,30 +242,3 @@ def _keep(segment: _Segment, run: Run) -> None:
     kept = base.ids[before.number(start) * _ID : before.number(end) * _ID]
     first = segment.places.number(start) * _ID
     segment.ids[first : first + len(kept)] = kept
-
-
-def cut(span: Span, unit: int) -> Iterator[Span]:
-    """Pieces that end at multiples of ``unit``, as chunks do."""
-    offset = span.offset
-    while offset < span.end:
-        end = min(align_up(offset + 1, unit), span.end)
-        yield Span(offset, end - offset)
-        offset = end
-
-
-def submit(connection: NbdConnection, window: Window, unit: int) -> list[int]:
-    """Ask for what fills the window, by requests that cross no multiple of ``unit``."""
-    view, begin = memoryview(window.buffer), window.span.offset
-    cookies = [
-        connection.submit_read(piece.offset, view[piece.offset - begin : piece.end - begin])
-        for piece in cut(window.span, unit)
-    ]
-    window.requests = len(cookies)
-    return cookies
-
-
-def read_failed(target: str, error: NbdRefused) -> PullbackError:
-    """What a failed read of a frozen disk means: QEMU answers EINVAL (EACCES in its own words) once it is broken."""
-    if error.errno in (errno.EINVAL, errno.EACCES, errno.EPERM):
-        return SnapshotBroken.of_disk(target)
-    return error

@@ -14,8 +14,9 @@ import pullback
 from pullback.engine.events import Emit, Note, Progress
 from pullback.engine.freezing import Snapshot
 from pullback.engine.prove import Proving
-from pullback.engine.pull import DiskCount, DiskSource, Pull
+from pullback.engine.pull import DiskCount, Pull
 from pullback.engine.push import PushedDisk, Writers
+from pullback.engine.reading import FrozenDisk
 from pullback.engine.survey import Offered, Survey, read_segment, survey
 from pullback.errors import Damaged, RepositoryUnsupported
 from pullback.model.facts import Disk, Facts
@@ -100,7 +101,7 @@ class Storing:
         self._likes: dict[str, StoredBackup] = {}
         self._builder: BackupBuilder | None = None
         self._stopped = False
-        self._proofs: list[tuple[DiskSource, Proof]] = []
+        self._proofs: list[tuple[FrozenDisk, Proof]] = []
         self._proving: Proving | None = None
         self._unsaved: tuple[Manifest, SnapshotFile] | None = None
         self.total = 0
@@ -172,7 +173,7 @@ class Storing:
         disks = self._prepared.selection.disks
         surveys = [self._survey(address, exports[disk.target], disk, exact) for disk in disks]
         self.total = sum(one.to_read for one in surveys)
-        self._proofs = [(one.source, one.proof) for one in surveys if one.proof]
+        self._proofs = [(one.source.frozen, one.proof) for one in surveys if one.proof]
         builder = self._builder = self._begin(1 + self.total // _BYTES_PER_THREAD)
         for one in surveys:
             builder.add_disk(one.source.target)

@@ -13,7 +13,8 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from pullback.engine.pull import REQUEST, BaseSegment, DiskSource, read_failed
+from pullback.engine.pull import BaseSegment, DiskPull
+from pullback.engine.reading import REQUEST, FrozenDisk, read_failed
 from pullback.errors import Damaged, NbdRefused
 from pullback.model.extents import Extent, Span, allocation, dirty_spans, merged
 from pullback.model.units import CHUNK, align_up
@@ -46,7 +47,7 @@ class Survey:
     ``distrust`` says why the base was not used after all.  ``proof`` is what stays protected until compared.
     """
 
-    source: DiskSource
+    source: DiskPull
     reads: list[Span]
     kept: list[SegmentRef]
     distrust: str = ""
@@ -136,7 +137,7 @@ def survey(
     reads = _reads(disk, fetch, grid, proof)
     unit = REQUEST if disk.exact else SAVED_UNIT
     segments = plan_segments(fetch, reads, grid)
-    source = DiskSource(disk.target, disk.address, disk.export, segments, known.changed, unit)
+    source = DiskPull(FrozenDisk(disk.target, disk.address, disk.export, unit), segments, known.changed)
     return Survey(source, reads, known.kept, distrust, proof)
 
 

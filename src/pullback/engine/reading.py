@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading frozen disks over NBD with several threads, each over connections of its own.
+
+Whoever reads cuts the work into batches.  A thread takes one after the other and carries it from end to end; there is
+no hand-over between threads.  The first failure ends them all.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from pullback.errors import NbdRefused, PullbackError, SnapshotBroken
+from pullback.model.extents import Span
+from pullback.model.units import MIB, align_up
+from pullback.nbd.address import Address
+from pullback.nbd.blocking import NbdConnection
+
+#: Bytes asked for in one NBD request, and requests under way on one connection.
+REQUEST = 1 * MIB
+IN_FLIGHT = 4
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenDisk:
+    """Where a frozen disk is read: its target, its export, and no request crosses a multiple of ``unit`` bytes."""
+
+    target: str
+    address: Address
+    export: str
+    unit: int = REQUEST
+
+
+@dataclass(slots=True)
+class Window:
+    """A buffer being filled; ``requests`` of its reads are under way."""
+
+    span: Span
+    buffer: bytearray
+    requests: int = 0
+
+
+class Readers(Generic[Batch]):
+    """The threads; made once, run once.  ``lock`` is held while the next batch is taken."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.lock = threading.Lock()
+        self._batches = batches
+        self._connections: list[NbdConnection] = []
+        self._failure: PullbackError | None = None
+        self.stopped = False
+
+    def run(self, lines: Sequence[Callable[[Batch, Connections], None]]) -> None:
+        """Carry out all batches, with a thread for each of ``lines``.
+
+        Raises the first failure, after all have ended; what fails after it fails because all connections were cut.
+        """
+        with ThreadPoolExecutor(len(lines), thread_name_prefix="pullback-read") as pool:
+            workers = [pool.submit(self._work, line) for line in lines]
+        if self._failure is not None:
+            raise self._failure
+        for worker in workers:
+            worker.result()
+
+    def stop(self) -> None:
+        """Make all threads end soon, from any thread; ``run`` then raises or returns early."""
+        with self.lock:
+            self.stopped = True
+            for connection in self._connections:
+                connection.abort()
+
+    def _next(self) -> Batch | None:
+        with self.lock:
+            return None if self.stopped else next(self._batches, None)
+
+    def _work(self, line: Callable[[Batch, Connections], None]) -> None:
+        connections = Connections(self.opened)
+        try:
+            while (batch := self._next()) is not None:
+                line(batch, connections)
+        except PullbackError as error:
+            with self.lock:
+                self._failure = self._failure or error
+            self.stop()
+        finally:
+            connections.close()
+
+    def opened(self, connection: NbdConnection) -> None:
+        """Remember a connection, to cut it when all is to end."""
+        with self.lock:
+            self._connections.append(connection)
+
+
+class Connections:
+    """One thread's connections, opened when they are needed."""
+
+    def __init__(self, opened: Callable[[NbdConnection], None]) -> None:
+        self._opened = opened
+        self._open: dict[str, NbdConnection] = {}
+
+    def to(self, disk: FrozenDisk) -> NbdConnection:
+        """The connection to a disk's export."""
+        found = self._open.get(disk.target)
+        if found is None:
+            found = self._open[disk.target] = NbdConnection.connect(disk.address, disk.export)
+            self._opened(found)
+        return found
+
+    def close(self) -> None:
+        """Close all."""
+        for connection in self._open.values():
+            connection.close()
+
+
+def cut(span: Span, unit: int) -> Iterator[Span]:
+    """Pieces that end at multiples of ``unit``, as chunks do."""
+    offset = span.offset
+    while offset < span.end:
+        end = min(align_up(offset + 1, unit), span.end)
+        yield Span(offset, end - offset)
+        offset = end
+
+
+def submit(connection: NbdConnection, window: Window, unit: int) -> list[int]:
+    """Ask for what fills the window, by requests that cross no multiple of ``unit``."""
+    view, begin = memoryview(window.buffer), window.span.offset
+    cookies = [
+        connection.submit_read(piece.offset, view[piece.offset - begin : piece.end - begin])
+        for piece in cut(window.span, unit)
+    ]
+    window.requests = len(cookies)
+    return cookies
+
+
+def wait(connection: NbdConnection, disk: FrozenDisk) -> int:
+    """The cookie of a request that is done; SnapshotBroken when the frozen view was lost."""
+    try:
+        return connection.wait()
+    except NbdRefused as error:
+        raise read_failed(disk.target, error) from error
+
+
+def read_failed(target: str, error: NbdRefused) -> PullbackError:
+    """What a failed read of a frozen disk means: QEMU answers EINVAL (EACCES in its own words) once it is broken."""
+    if error.errno in (errno.EINVAL, errno.EACCES, errno.EPERM):
+        return SnapshotBroken.of_disk(target)
+    return error
