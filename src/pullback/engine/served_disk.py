@@ -127,6 +127,8 @@ class ServedDisk:
 
     def read(self, offset: int, length: int) -> Buffer:
         """The bytes of a range; raises Damaged where they cannot be had, RepositoryError where the store fails."""
+        if offset + length > self._size:
+            raise ValueError(f"bytes {offset} to {offset + length} of a disk of {self._size}")
         if self._sequential(offset, length):
             self._look_ahead(offset + length)
         parts: list[Buffer] = []
