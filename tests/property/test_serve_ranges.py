@@ -135,3 +135,18 @@ def test_many_threads_read_what_the_model_says_and_each_chunk_is_loaded_once() -
         with ThreadPoolExecutor(8) as pool:
             assert sorted(pool.map(reader, range(8))) == list(range(8))
         assert cache.bytes_loaded == sum(len(chunk) for chunk in {chunk for chunk in model.chunks if any(chunk)})
+
+
+def test_readers_that_go_forward_are_read_ahead_for_and_others_are_not() -> None:
+    rng = random.Random(3)
+    model = Model(tuple(rng.randbytes(SEGMENT) for _ in range(96)))
+    with served({"vda": model}, 1 << 30) as (disks, cache):
+        for place in rng.sample(range(96), 30):
+            disks["vda"].read(place * SEGMENT + 512, 512)
+        assert cache.bytes_loaded < 40 * SEGMENT
+    for step in (64 * KIB, 4 * SEGMENT):
+        with served({"vda": model}, 1 << 30) as (disks, cache):
+            for offset in range(0, 12 * SEGMENT, step):
+                disks["vda"].read(offset, step)
+            cache.close()
+            assert cache.bytes_loaded > 16 * SEGMENT

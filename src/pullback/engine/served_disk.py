@@ -33,8 +33,9 @@ _MOST_EXTENTS: Final = 1024
 _WINDOW: Final = 8 * MIB
 #: Bytes of one request that are loaded together.
 _BATCH: Final = 4 * MIB
-#: Places of 256 KiB that count as just read: some dozen readers, each with requests that overtake one another.
-_MOST_RECENT: Final = 256
+#: Places of 256 KiB that count as just read: some dozen readers, each with requests that overtake one another.  With
+#: many more, random reads of a small disk would look like steps forward.
+_MOST_RECENT: Final = 64
 #: Failures told; then a store that is gone has been heard of.
 _MOST_NOTES: Final = 1000
 
@@ -196,12 +197,12 @@ class ServedDisk:
         self._told(offset, length, error)
 
     def _sequential(self, offset: int, length: int) -> bool:
-        """Whether what is just before this range was read lately, and this was not."""
+        """Whether the two places before this range were read lately, and this was not."""
         first, last = offset // CHUNK, (offset + length - 1) // CHUNK
         with self._lock:
             fresh = last not in self._recent
-            before = first - 1 in self._recent or (first in self._recent and last > first)
-            for place in (first, last):
+            before = first - 1 in self._recent and (first - 2 in self._recent or last - first >= 2)
+            for place in range(max(first, last - 1), last + 1):
                 self._recent[place] = None
                 self._recent.move_to_end(place)
             while len(self._recent) > _MOST_RECENT:
