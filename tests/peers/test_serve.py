@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from pullback.engine.chunk_cache import ChunkCache
 from pullback.engine.events import Event, Serving
 from pullback.engine.serving import Serve, ServeRequest, served_disks
 from pullback.engine.walking import walk
-from pullback.errors import Damaged, NbdRefused, RepositoryLocked
+from pullback.errors import Damaged, NbdRefused, RepositoryLocked, TransferError
 from pullback.nbd.address import UnixAddress, parse_uri
 from pullback.nbd.blocking import NbdConnection
 from pullback.repository.blob import BlobId, BlobKind, BlobLocation, blob_id
@@ -287,6 +288,10 @@ def test_tls(stage: Stage, lab_dir: Path, where: str) -> None:
         assert (lab_dir / "converted").read_bytes()[: len(models["vda"].data)] == models["vda"].data
         # Neither without encryption nor without a certificate.
         run("nbdinfo", uri.replace("nbds", "nbd"), code=1)
+        stranger = ssl.create_default_context(cafile=str(place / "ca-cert.pem"))
+        stranger.check_hostname = False
+        with pytest.raises(TransferError), NbdConnection.connect(address, "vda", tls=stranger) as connection:
+            connection.read(0, 512)
         assert server.end().code == 0
 
 
