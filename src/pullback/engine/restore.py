@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Literal
 
 from pullback.engine.events import Emit, Note
+from pullback.engine.reader_lock import acquire_for_reading
 from pullback.engine.rereading import Rereading
 from pullback.engine.restoring import Writing
 from pullback.engine.source import DiskSource
 from pullback.engine.targets import Target, claimed, free_room, publish
 from pullback.engine.workdir import DEFAULT_BASE, work_directory
-from pullback.errors import Damaged, PullbackError, RepositoryError, RestoreError
+from pullback.errors import PullbackError, RestoreError
 from pullback.model.extents import Span
 from pullback.model.manifest import Manifest, parse_manifest
 from pullback.model.unfinished import Unfinished
@@ -34,7 +35,6 @@ from pullback.qemu.storage_daemon import StorageDaemon
 from pullback.repository.layout import StoredBackup
 from pullback.repository.locks import RepositoryLock
 from pullback.repository.repository import Repository
-from pullback.repository.snapshots import LATEST, Snapshot, find_snapshot
 
 ImageFormat = Literal["qcow2", "raw"]
 
@@ -117,7 +117,7 @@ class Restore:
         if self._stopped:
             self._lock.give_up()
         with self._locked(self._lock):
-            snapshot = self._find(repository)
+            snapshot = repository.find(request.backup, lambda damage: self._emit(Note(f"{damage.what}.")))
             stored = StoredBackup(repository, snapshot)
             manifest = parse_manifest(stored.manifest_bytes())
             disks = choose_disks(manifest, request.disks)
@@ -152,36 +152,10 @@ class Restore:
             for target in targets
         )
 
-    def _find(self, repository: Repository) -> Snapshot:
-        """The backup asked for; a broken snapshot file is in the way only of what is asked for as the newest."""
-        broken: list[Damaged] = []
-        known = repository.snapshots(broken=broken.append)
-        if broken and self._request.backup.rpartition("@")[2] == LATEST:
-            raise Damaged(
-                f"it cannot be told which backup is the newest: {broken[0].what}",
-                means="Nothing was written.",
-                todo="Name a backup by its id: pullback list shows those that can be read.",
-            )
-        try:
-            found = find_snapshot(known, self._request.backup)
-        except RepositoryError as error:
-            raise (broken[0] if broken else error) from None  # it may be the broken one
-        for damage in broken:
-            self._emit(Note(f"{damage.what}."))
-        return found
-
     @contextmanager
     def _locked(self, lock: RepositoryLock) -> Iterator[None]:
-        """Hold the lock; where none can be written (a full or read-only file system) say so and do without.
-
-        The worst that a prune beside us can do is to make the restore fail: every blob is verified.
-        """
-        try:
-            lock.acquire()
-        except RepositoryError as error:
-            if not isinstance(error.__cause__, OSError):
-                raise
-            self._emit(Note(f"Restoring without a lock, so nothing may prune the repository meanwhile: {error.what}."))
+        """Hold the lock."""
+        acquire_for_reading(lock, "Restoring", self._emit)
         try:
             yield
         finally:

@@ -22,10 +22,11 @@ from pathlib import Path
 from pullback.engine.chunk_cache import ChunkCache
 from pullback.engine.events import Emit, Note, ServedExport, Serving
 from pullback.engine.exporting import check_address
+from pullback.engine.reader_lock import acquire_for_reading
 from pullback.engine.served_disk import ServedDisk
 from pullback.engine.walking import walk
 from pullback.engine.workdir import work_directory
-from pullback.errors import BackupNotFound, Damaged, PullbackError, RepositoryError, RepositoryLocked, UsageError
+from pullback.errors import Damaged, PullbackError, RepositoryError, RepositoryLocked, UsageError
 from pullback.model.manifest import DiskEntry, Manifest, parse_manifest
 from pullback.model.units import MIB
 from pullback.nbd.address import Address, UnixAddress
@@ -36,7 +37,7 @@ from pullback.repository.blob import BlobId
 from pullback.repository.layout import StoredBackup
 from pullback.repository.locks import RepositoryLock
 from pullback.repository.repository import Repository
-from pullback.repository.snapshots import LATEST, Snapshot, find_snapshot
+from pullback.repository.snapshots import Snapshot
 
 CACHE_SIZE = 64 * MIB
 
@@ -111,7 +112,7 @@ class Serve:
         repository = await asyncio.to_thread(self._open)
         self._lock = repository.lock(retry=request.lock_retry, waiting=lambda note: self._emit(Note(note)))
         self._check_stopped()
-        await asyncio.to_thread(self._acquire, self._lock)
+        await asyncio.to_thread(acquire_for_reading, self._lock, "Serving", self._emit)
         cache = ChunkCache(repository, request.cache_size, _AHEAD)
         try:
             snapshot, manifest, disks = await asyncio.to_thread(self._disks, repository, cache)
@@ -133,18 +134,6 @@ class Serve:
         if self._stopping.is_set():
             raise PullbackError("serving was interrupted before it began")
 
-    def _acquire(self, lock: RepositoryLock) -> None:
-        """Take the lock; where none can be written (a full or read-only file system) say so and do without.
-
-        Every chunk is verified: the worst that a prune beside us can do is that some cannot be read.
-        """
-        try:
-            lock.acquire()
-        except RepositoryError as error:
-            if not isinstance(error.__cause__, OSError):
-                raise
-            self._emit(Note(f"Serving without a lock, so nothing may prune the repository meanwhile: {error.what}."))
-
     async def _until_stopped(self, lock: RepositoryLock) -> None:
         while not self._stopping.is_set():
             with contextlib.suppress(TimeoutError):
@@ -161,7 +150,7 @@ class Serve:
     # -- the backup -----------------------------------------------------------------------------------------------
 
     def _disks(self, repository: Repository, cache: ChunkCache) -> tuple[Snapshot, Manifest, dict[str, ServedDisk]]:
-        snapshot = self._find(repository)
+        snapshot = repository.find(self._request.backup)
         manifest, disks = served_disks(repository, cache, snapshot, self._request.disks, self._tell)
         return snapshot, manifest, disks
 
@@ -172,21 +161,6 @@ class Serve:
                 " gets an input/output error; everything else is served."
             )
         )
-
-    def _find(self, repository: Repository) -> Snapshot:
-        """The backup asked for; a broken snapshot file is in the way only of what is asked for as the newest."""
-        broken: list[Damaged] = []
-        known = repository.snapshots(broken=broken.append)
-        if broken and self._request.backup.rpartition("@")[2] == LATEST:
-            raise Damaged(
-                f"it cannot be told which backup is the newest: {broken[0].what}",
-                means="Nothing is served.",
-                todo="Name a backup by its id: pullback list shows those that can be read.",
-            )
-        try:
-            return find_snapshot(known, self._request.backup)
-        except BackupNotFound as error:
-            raise (broken[0] if broken else error) from None  # it may be the broken one
 
     # -- the server -----------------------------------------------------------------------------------------------
 

@@ -42,7 +42,14 @@ from pullback.repository.local_store import LocalStore
 from pullback.repository.locks import RepositoryLock, current_account
 from pullback.repository.pack import PackedBlob, parse_pack
 from pullback.repository.polynomial import random_polynomial
-from pullback.repository.snapshots import Snapshot, SnapshotBroken, decode_snapshot, encode_snapshot, find_snapshot
+from pullback.repository.snapshots import (
+    LATEST,
+    Snapshot,
+    SnapshotBroken,
+    decode_snapshot,
+    encode_snapshot,
+    find_snapshot,
+)
 from pullback.repository.store import Bytes, FileKind, Store
 from pullback.repository.tree import Tree, TreeBroken, decode_tree, go_time
 from pullback.repository.writer import COMPRESSION_LEVEL, PackWriter, PendingIndex
@@ -267,9 +274,27 @@ class Repository:
             raise BackupNotFound(f"The backup {backup[:8]} was forgotten meanwhile", todo="Run it again.")
         return found
 
-    def find(self, spec: str) -> Snapshot:
-        """The backup named by an id, a unique start of one, `latest` or `DOMAIN@latest`; raises BackupNotFound."""
-        return find_snapshot(self.snapshots(), spec)
+    def find(self, spec: str, tell: Callable[[Damaged], None] | None = None) -> Snapshot:
+        """The backup named by an id, a unique start of one, `latest` or `DOMAIN@latest`; raises BackupNotFound.
+
+        A broken snapshot file is in the way only of what is asked for as the newest, or when it may be the one asked
+        for: then Damaged is raised.  Otherwise it is passed over; `tell` hears of it.
+        """
+        broken: list[Damaged] = []
+        known = self.snapshots(broken=broken.append)
+        if broken and spec.rpartition("@")[2] == LATEST:
+            raise Damaged(
+                f"it cannot be told which backup is the newest: {broken[0].what}",
+                todo="Name a backup by its id: pullback list shows those that can be read.",
+            )
+        try:
+            found = find_snapshot(known, spec)
+        except BackupNotFound as error:
+            raise (broken[0] if broken else error) from None
+        if tell is not None:
+            for damage in broken:
+                tell(damage)
+        return found
 
     def lock(
         self, exclusive: bool = False, *, retry: float = 0.0, waiting: Callable[[str], None] | None = None
