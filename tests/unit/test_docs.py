@@ -168,6 +168,7 @@ def every_command(stage: Stage, lab_dir: Path) -> Iterator[tuple[str, Done]]:
         store_backup(repository, {"vda": [b"x"]}, domain="broken", manifest=b"{")
     yield "list", stage.cli("list", "--json")
     yield "restore", stage.cli("restore", "web@latest", "--to", stage.place / "out", "--json")
+    yield "restore", stage.cli("restore", "web@latest", "--into", f"disk:{disks[0].path}", "--disk", "vda", "--json")
     with serving(stage, "web@latest") as server:
         yield "serve", server.end()
     yield from every_command_of_restic(stage, lab_dir)
@@ -234,6 +235,7 @@ def inner_objects(event: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
     for heading, name, key in [
         ("backups", "one of backups", "backups"),
         ("restore", "one of a restore's disks", "disks"),
+        ("restore_in_place", "one of a restore in place's disks", "disks"),
         ("serving", "one of a serving's exports", "exports"),
         ("verified", "one of damages", "damages"),
         ("retention", "one of a retention's backups", "keep"),

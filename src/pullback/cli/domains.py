@@ -111,6 +111,10 @@ def _view_lines(view: DomainView) -> list[str]:
         else:
             lines.append("    no checkpoint yet; the next backup reads it whole")
         lines += [f"    {broken.bitmap} is of no use: {broken.reason}; {broken.cost}" for broken in disk.broken]
+        lines += [
+            f"    between two states: a restore of backup {backup[:8]} did not end; run it again"
+            for backup in disk.unfinished
+        ]
         lines += [f"    {name}: another program's bitmap, left alone" for name in disk.foreign]
     for snapshot in view.snapshots:
         point = f", checkpoint {snapshot.checkpoint}" if snapshot.checkpoint else ""

@@ -15,6 +15,7 @@ from pullback.cli import options as opt
 from pullback.cli.interrupts import run_interruptible
 from pullback.cli.passwords import repository_opener
 from pullback.cli.reporter import Reporter
+from pullback.cli.restoring_in_place import IntoDomain, restore_into
 from pullback.errors import DamageFound, UsageError
 from pullback.model.units import human_bytes, human_seconds
 
@@ -26,7 +27,11 @@ def restore(
     backup_id: Annotated[
         str, typer.Argument(metavar="BACKUP", help="A backup's id or the unique start of one, latest, or DOMAIN@latest")
     ],
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The directory for the new images")],
+    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="The directory for the new images")] = None,
+    into: Annotated[
+        str | None,
+        typer.Option("--into", metavar="DOMAIN", help="Restore into the disks of this domain, which must not run"),
+    ] = None,
     disk: opt.Disks = None,
     image_format: Annotated[
         str, typer.Option("--format", metavar="qcow2|raw", help="The format of the images")
@@ -53,13 +58,23 @@ def restore(
     no_cache: opt.NoCache = False,
     lock_retry: opt.LockRetry = 0.0,
     config: opt.ConfigFile = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --into: say what would be written, and change nothing")
+    ] = False,
     json: opt.Json = False,
 ) -> None:
-    """Restore a backup to new images, DIR/DISK.qcow2."""
+    """Restore a backup to new images, DIR/DISK.qcow2, or into a domain's own disks."""
     if image_format not in ("qcow2", "raw"):
         raise UsageError(f"{image_format!r} is no format of images", todo="Use qcow2 or raw.")
     where = opt.repository_options(repo, password_file, password_command, opt.load_config(config))
     opener = repository_opener(where, opt.cache_options(cache_dir, no_cache, json))
+    if into is not None:
+        for_images = to or overwrite or keep_going or no_space_check or image_format != "qcow2"
+        domain_disks = IntoDomain(into, tuple(disk or ()), lock_retry, verify, dry_run)
+        restore_into(domain_disks, backup_id, bool(for_images), opener, config, Reporter(json))
+        return
+    if to is None or dry_run:
+        raise UsageError("restore needs --to DIR, or --into DOMAIN, which alone has --dry-run")
     from pullback.engine.restore import Restore, RestoreRequest
 
     request = RestoreRequest(

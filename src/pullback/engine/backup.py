@@ -34,6 +34,7 @@ from pullback.model.manifest import Manifest
 from pullback.model.snapshots import current_server
 from pullback.nbd.address import UnixAddress
 from pullback.plan.base import Incremental, choose_bases
+from pullback.plan.in_place import refuse_unfinished
 from pullback.plan.method import FROZEN_VIEW_EXACT, Method
 from pullback.plan.prove import SAMPLE, Prove, Proved, refuse_pushed
 from pullback.plan.push import choose_transport
@@ -213,6 +214,7 @@ async def _prepare(domain: Domain, repository: Repository, request: BackupReques
     facts = await domain.facts()
     name = check_name(domain.name_of(facts), "domain")
     selection = select_disks(facts, request.disks)
+    refuse_unfinished(selection.disks)
     if request.prove:
         refuse_pushed(facts, selection.disks)
     for disk in selection.disks:

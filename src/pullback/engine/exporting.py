@@ -214,7 +214,7 @@ async def start_snapshot_export(session: Session, snapshot: Snapshot, request: E
     _refuse_trims(request, parts)
     if request.saved:
         parts += [_saved(part) for part in parts]
-    return await _start(session, facts, parts, request, writable=request.writable)
+    return await start_parts(session, facts, parts, request, writable=request.writable)
 
 
 def _planned(session: Session, facts: Facts, snapshot: Snapshot) -> bool:
@@ -301,7 +301,7 @@ async def start_writable_export(session: Session, request: ExportRequest) -> tup
         for number, disk in enumerate(disks)
     ]
     try:
-        return await _start(session, facts, parts, request, writable=True)
+        return await start_parts(session, facts, parts, request, writable=True)
     except CommandFailed as error:
         if error.command != "block-export-add":
             raise
@@ -313,9 +313,10 @@ async def start_writable_export(session: Session, request: ExportRequest) -> tup
         ) from error
 
 
-async def _start(
+async def start_parts(
     session: Session, facts: Facts, parts: Sequence[ExportPart], request: ExportRequest, *, writable: bool
 ) -> tuple[Export, ...]:
+    """Export these; after a failure none of them is there."""
     if idle_server(facts):
         await session.run(stop_exports(facts, ()))
         facts = facts if session.dry else await session.observe()

@@ -16,6 +16,7 @@ from pullback.engine.freezing import Snapshot, snapshots_in
 from pullback.engine.storing import stored_points
 from pullback.model.chain import read_chain
 from pullback.model.facts import ID_PREFIX, Device, Disk, Facts
+from pullback.model.snapshots import unfinished_marks
 from pullback.plan.base import Base, Full, StoredPoint, choose_bases
 from pullback.plan.cleanup import clearable
 from pullback.plan.method import version_text
@@ -48,7 +49,10 @@ class BrokenView:
 
 @dataclass(frozen=True, slots=True)
 class DiskView:
-    """A disk; ``chain`` is oldest first, ``foreign`` are other programs' bitmaps."""
+    """A disk; ``chain`` is oldest first, ``foreign`` are other programs' bitmaps.
+
+    ``unfinished`` are the backups whose restores into it did not end: it is between two states.
+    """
 
     target: str
     node: str
@@ -59,6 +63,7 @@ class DiskView:
     chain: tuple[EdgeView, ...]
     broken: tuple[BrokenView, ...]
     foreign: tuple[str, ...]
+    unfinished: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +144,7 @@ def _disk(facts: Facts, device: Device) -> DiskView:
             for bitmap, reason in chain.broken
         ),
         foreign=tuple(bitmap.name for bitmap in disk.bitmaps if not bitmap.name.startswith(ID_PREFIX)),
+        unfinished=tuple(mark.backup for mark in unfinished_marks(disk.bitmaps)),
     )
 
 

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pullback.model.chain import NAME_MAX
-from pullback.model.facts import ID_PREFIX, NODE_PREFIX, Device, Export, Facts, Job, Node
+from pullback.model.facts import ID_PREFIX, NODE_PREFIX, Bitmap, Device, Export, Facts, Job, Node
 
 #: Who holds a snapshot: one backup run, or whoever asked for it by name.
 PRIVATE, PUBLIC = "b", "s"
 #: Exports of a domain's own disks, for writing; they belong to no snapshot.
 WRITABLE = "w"
+#: Exports of a domain's own disks that a restore in place writes through; they end with it.
+RESTORING = "r"
 
 #: The nodes of a view that can be believed, in the order they are taken away.
 VIEW_ROLES = ("view", "align", "deny", "void")
@@ -42,6 +44,7 @@ _ID = re.compile(
 
 _SNAPSHOT_MARK = "pullback-snapshot:"
 _SERVER_MARK = "pullback-nbd-server:"
+_UNFINISHED_MARK = "pullback-restoring:"
 #: On the scratch nodes of a snapshot that was made while the guest's file systems were frozen.
 FROZEN_MARK = "pullback-frozen:[]"
 
@@ -80,6 +83,21 @@ class ServerMark:
     def bitmap_name(self) -> str:
         """The mark as a bitmap's name."""
         return _SERVER_MARK + json.dumps([self.kind, self.place, self.tls], separators=(",", ":"), ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True)
+class UnfinishedMark:
+    """That a restore in place writes to a disk, or was cut short; on the disk itself and kept in its image.
+
+    ``backup`` is the id of the backup that is restored, ``repository`` that of its repository.
+    """
+
+    repository: str
+    backup: str
+
+    def bitmap_name(self) -> str:
+        """The mark as a bitmap's name."""
+        return _UNFINISHED_MARK + json.dumps([self.repository, self.backup], separators=(",", ":"))
 
 
 def _decoded(name: str, prefix: str, length: int) -> list[Any] | None:
@@ -126,9 +144,15 @@ def frozen_mark(node: Node) -> bool:
     return any(bitmap.name == FROZEN_MARK and not bitmap.persistent for bitmap in node.bitmaps)
 
 
+def unfinished_marks(bitmaps: Iterable[Bitmap]) -> tuple[UnfinishedMark, ...]:
+    """What the bitmaps of a disk say of restores in place that did not end; an inconsistent one says it as well."""
+    found = (_decoded(bitmap.name, _UNFINISHED_MARK, 2) for bitmap in bitmaps)
+    return tuple(UnfinishedMark(*fields) for fields in found if fields and None not in fields)
+
+
 def is_mark(name: str) -> bool:
     """Whether a bitmap of this name is a mark and no map of changes."""
-    return name == FROZEN_MARK or name.startswith((_SNAPSHOT_MARK, _SERVER_MARK))
+    return name == FROZEN_MARK or name.startswith((_SNAPSHOT_MARK, _SERVER_MARK, _UNFINISHED_MARK))
 
 
 @dataclass(frozen=True, slots=True)
