@@ -45,6 +45,7 @@ DISK_BYTES = 8 << 30
 
 _START_LIMIT = 90.0
 _OSD_ATTEMPTS = 5
+_ATTEMPTS = 3
 
 _CONFIGURATION = """\
 [global]
@@ -134,6 +135,13 @@ class S3Server:
 
     def __enter__(self) -> S3Address:
         try:
+            for _ in range(_ATTEMPTS - 1):
+                try:
+                    return self.start()
+                except LabError:
+                    # Another program may have taken a port meanwhile, and be who answered.
+                    self.close()
+                    self._clear()
             return self.start()
         except BaseException:
             self.close()
@@ -174,6 +182,12 @@ class S3Server:
             # Nothing they hold is wanted any more.
             self._processes.pop().end(grace=0.5)
 
+    def _clear(self) -> None:
+        for name in ("mon", "osd", "rgw"):
+            shutil.rmtree(self.place / name, ignore_errors=True)
+        for path in self.place.glob("*.out"):
+            path.unlink()
+
     def _daemon(self, program: str, *arguments: str) -> Process:
         process = Process([program, "-c", str(self._conf), *arguments, "-f"], self.place / f"{program}.out")
         self._processes.append(process)
@@ -204,7 +218,10 @@ class S3Server:
     def _osd_state(self, daemon: Process) -> str | None:
         if not daemon.running():
             return "ended"
-        return "up" if json.loads(self._ceph("osd", "stat", "-f", "json"))["num_up_osds"] else None
+        try:
+            return "up" if json.loads(self._ceph("osd", "stat", "-f", "json"))["num_up_osds"] else None
+        except LabError:
+            return None  # the monitor refuses now and then while daemons come
 
     def _answers(self, gateway: Process, port: int) -> bool:
         if not gateway.running():
