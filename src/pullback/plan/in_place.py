@@ -156,7 +156,7 @@ def pieces(place: Place, spans: Sequence[Span]) -> Iterator[Span]:
     """What of a place the sorted ``spans`` cover, as spans of the disk."""
     end = place.offset + place.length
     at = _first_beyond(spans, place.offset)
-    while at < len(spans) and spans[at].offset < end:
+    while place.length and at < len(spans) and spans[at].offset < end:
         begin = max(spans[at].offset, place.offset)
         yield Span(begin, min(spans[at].end, end) - begin)
         at += 1
