@@ -168,6 +168,7 @@ def every_command(stage: Stage, lab_dir: Path) -> Iterator[tuple[str, Done]]:
         store_backup(repository, {"vda": [b"x"]}, domain="broken", manifest=b"{")
     yield "list", stage.cli("list", "--json")
     yield "restore", stage.cli("restore", "web@latest", "--to", stage.place / "out", "--json")
+    yield "restore", stage.cli("restore", "web@latest", "--instant", "--to", lab_dir / "now", "--json")
     yield "restore", stage.cli("restore", "web@latest", "--into", f"disk:{disks[0].path}", "--disk", "vda", "--json")
     with serving(stage, "web@latest") as server:
         yield "serve", server.end()

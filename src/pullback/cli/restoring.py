@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pullback.cli import options as opt
+from pullback.cli.instant import check_options, qmp_socket, restore_instantly
 from pullback.cli.interrupts import run_interruptible
 from pullback.cli.passwords import repository_opener
 from pullback.cli.reporter import Reporter
@@ -51,6 +52,13 @@ def restore(
     no_space_check: Annotated[
         bool, typer.Option("--no-space-check", help="Begin even if the images seem not to fit")
     ] = False,
+    instant: Annotated[
+        bool, typer.Option("--instant", help="Make images that a domain may use at once, and fill them meanwhile")
+    ] = False,
+    domain: Annotated[
+        str | None,
+        typer.Option("--domain", metavar="DOMAIN", help="The domain that runs on these images, or will: qmp:PATH"),
+    ] = None,
     repo: opt.Repo = None,
     password_file: opt.PasswordFile = None,
     password_command: opt.PasswordCommand = None,
@@ -66,6 +74,8 @@ def restore(
     """Restore a backup to new images, DIR/DISK.qcow2, or into a domain's own disks."""
     if image_format not in ("qcow2", "raw"):
         raise UsageError(f"{image_format!r} is no format of images", todo="Use qcow2 or raw.")
+    wrong = {"--overwrite": overwrite, "--verify": verify, "--keep-going": keep_going, "--into": into is not None}
+    check_options({**wrong, "--format raw": image_format == "raw"}, instant, domain)
     where = opt.repository_options(repo, password_file, password_command, opt.load_config(config))
     opener = repository_opener(where, opt.cache_options(cache_dir, no_cache, json))
     if into is not None:
@@ -75,6 +85,10 @@ def restore(
         return
     if to is None or dry_run:
         raise UsageError("restore needs --to DIR, or --into DOMAIN, which alone has --dry-run")
+    if instant:
+        socket = qmp_socket(domain, opt.load_config(config))
+        restore_instantly(backup_id, to, tuple(disk or ()), socket, lock_retry, opener, json)
+        return
     from pullback.engine.restore import Restore, RestoreRequest
 
     request = RestoreRequest(

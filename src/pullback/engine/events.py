@@ -79,6 +79,15 @@ class Serving(Event):
     exports: tuple[ServedExport, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Overlays(Event):
+    """The images of an instant restore can be used from now on; ``images`` are their paths."""
+
+    event: ClassVar[str] = "overlays"
+    backup: str
+    images: tuple[str, ...]
+
+
 Emit = Callable[[Event], None]
 
 

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The images of an instant restore: qcow2 overlays whose backing file is a backup that we serve.
+
+DIR/vda.qcow2                     the image, which a domain may use at once
+DIR/.instant-0123456789ab/        of backup 0123456789ab…, until all its images stand alone
+    vda.qcow2                     the same file: by this an image is known to be ours
+    nbd                           where the backup is served, which the images' headers name
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pullback.engine.targets import sync_directory
+from pullback.errors import RestoreError, TargetExists, UsageError
+from pullback.model.manifest import DiskEntry
+from pullback.plan.instant import backing_file
+from pullback.plan.target import NOTHING_WRITTEN
+from pullback.qemu.storage_daemon import qemu_program
+
+_WORK, _DONE = ".instant-", ".done"
+#: Bytes in a unix socket's path, without the final zero (unix(7)).
+_LONGEST_SOCKET = 107
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """One image: disk ``target``, the ``number``-th of its backup, of ``size`` bytes; ``ours`` is its other name."""
+
+    number: int
+    target: str
+    size: int
+    path: Path
+    ours: Path
+
+    def is_file(self, path: str) -> bool:
+        """Whether ``path`` is this image."""
+        try:
+            return self.path.samefile(path)
+        except OSError:
+            return False
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether its header names no backing file any more (qcow2 specification, bytes 8 to 15)."""
+        with self.path.open("rb") as file:
+            return int.from_bytes(file.read(16)[8:], "big") == 0
+
+
+class OverlayPlace:
+    """The directory of the images of one backup; its caller holds the directory's lock."""
+
+    def __init__(self, directory: Path, backup: str) -> None:
+        self._directory = directory.resolve()
+        self.work = self._directory / f"{_WORK}{backup[:12]}"
+        self.socket = str(self.work / "nbd")
+
+    def overlays(self, disks: Sequence[DiskEntry], wanted: Sequence[str]) -> tuple[Overlay, ...]:
+        """The images of the disks that are wanted (all, if none is named), and of those that were begun."""
+        every = (
+            Overlay(
+                number,
+                disk.target,
+                disk.virtual_size,
+                self._directory / f"{disk.target}.qcow2",
+                self.work / f"{disk.target}.qcow2",
+            )
+            for number, disk in enumerate(disks)
+        )
+        return tuple(one for one in every if not wanted or one.target in wanted or one.ours.exists())
+
+    def prepare(self, overlays: Sequence[Overlay]) -> None:
+        """Make those images that are not there yet; TargetExists where something else lies, and nothing was changed."""
+        if len(os.fsencode(self.socket)) > _LONGEST_SOCKET:
+            raise UsageError(
+                f"the path of {self._directory} is too long for a socket in it",
+                means=NOTHING_WRITTEN,
+                todo="Name a directory with a shorter path.",
+            )
+        for one in overlays:
+            self._check(one)
+        try:
+            self._sweep()
+            self.work.mkdir(mode=0o700, exist_ok=True)
+            for one in overlays:
+                self._make(one)
+            sync_directory(self._directory)
+        except OSError as error:
+            raise RestoreError(
+                f"cannot make the images in {self._directory}: {error.strerror}",
+                means="It has to take hard links and unix sockets.",
+            ) from error
+
+    def _check(self, one: Overlay) -> None:
+        if not os.path.lexists(one.path) or (one.ours.exists() and one.is_file(str(one.ours))):
+            return
+        other = next(
+            (place for place in self._directory.glob(f"{_WORK}*/{one.ours.name}") if one.is_file(str(place))), None
+        )
+        if other is not None and other.parent.suffix != _DONE:
+            backup = other.parent.name.removeprefix(_WORK)
+            raise TargetExists(
+                f"{one.path} is an unfinished instant restore of backup {backup[:8]}",
+                means=NOTHING_WRITTEN,
+                todo=f"Finish it with pullback restore {backup[:8]} --instant, or name another directory with --to.",
+            )
+        raise TargetExists(
+            f"{one.path} exists already",
+            means=NOTHING_WRITTEN,
+            todo="Name another directory with --to, or move the file away.",
+        )
+
+    def _make(self, one: Overlay) -> None:
+        if not one.ours.exists():
+            new = one.ours.with_suffix(".new")
+            new.unlink(missing_ok=True)
+            _create(new, backing_file(self.socket, one.target), one.size)
+            new.rename(one.ours)
+            sync_directory(self.work)
+        if not one.path.exists():
+            os.link(one.ours, one.path)
+
+    def finish(self, overlays: Sequence[Overlay]) -> None:
+        """Let go of images that stand alone; from here on they are as any other image."""
+        try:
+            for one in overlays:
+                _sync(one.path)
+            self.work.rename(self.work.with_name(self.work.name + _DONE))
+            sync_directory(self._directory)
+            self._sweep()
+        except OSError as error:
+            raise RestoreError(
+                f"cannot let go of the images in {self._directory}: {error.strerror}",
+                means="They are whole.",
+                todo="Run the same command again.",
+            ) from error
+
+    def _sweep(self) -> None:
+        """Remove what a restore that was finished left."""
+        for done in self._directory.glob(f"{_WORK}*{_DONE}"):
+            for path in done.iterdir():
+                path.unlink()
+            done.rmdir()
+
+    def give_up(self) -> None:
+        """Remove the directory if nothing came into it."""
+        with suppress(OSError):
+            self.work.rmdir()
+
+
+def _create(path: Path, backing: str, size: int) -> None:
+    # Unsafe (-u) is about the backing file, which is not looked at: it is served later.
+    argv = [
+        qemu_program("qemu-img"),
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-u",
+        "-F",
+        "raw",
+        "-b",
+        backing,
+        str(path),
+        str(size),
+    ]
+    done = subprocess.run(argv, capture_output=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        raise RestoreError(f"qemu-img cannot create {path}: {done.stderr.decode(errors='replace').strip()}")
+    path.chmod(0o600)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
