@@ -22,7 +22,7 @@ from pullback.engine.domain import DomainAddress
 from pullback.engine.events import Event, Note, silent
 from pullback.engine.in_place import InPlaceRequest, InPlaceResult, restore_in_place
 from pullback.engine.source import DiskSource
-from pullback.errors import DomainUnreachable, PullbackError, RepositoryError
+from pullback.errors import DomainUnreachable, PullbackError, Refused, RepositoryError
 from pullback.nbd.blocking import NbdConnection
 from tests.support import dying
 from tests.support.api import inside
@@ -44,6 +44,7 @@ class Halfway:
         self.before = references(self.qemu)
         self.qemu.shutdown()
         self.images = ",".join(f"{disk.id}={disk.path}" for disk in self.disks)
+        self.address = DomainAddress(images=self.images, name="lab")
 
     def fill(self, first: int) -> None:
         """Differently for each ``first``."""
@@ -57,7 +58,7 @@ class Halfway:
         return asyncio.run(self._work(emit))
 
     def _work(self, emit: Callable[[Event], None]) -> Any:
-        request = InPlaceRequest(self.backup, DomainAddress(images=self.images, name="lab"))
+        request = InPlaceRequest(self.backup, self.address)
         return restore_in_place(request, lambda: open_repository(self.stage.repo), emit)
 
     def hit(self, point: dying.Point, number: signal.Signals = signal.SIGKILL) -> bool:
@@ -73,7 +74,8 @@ class Halfway:
 
         code = forked(work)
         assert code in (0, 130, -number)
-        wait_for(lambda: not self.daemons(), "the daemon's end", timeout=30)
+        if self.address.images:
+            wait_for(lambda: not self.daemons(), "the daemon's end", timeout=30)
         return code != 0
 
     def daemons(self) -> list[int]:
@@ -213,4 +215,22 @@ def test_a_restore_that_wrote_nothing_leaves_no_mark(halfway: Halfway) -> None:
         halfway.restore()
     assert not halfway.marked()
     same(halfway.contents(), halfway.before)
+    halfway.completes()
+
+
+def test_killed_while_it_writes_into_a_waiting_domain(halfway: Halfway, bare_qemu: Callable[..., BareQemu]) -> None:
+    """What it left in QEMU is cleared, and the mark is there also after QEMU ended in order."""
+    waiting = bare_qemu(halfway.disks, name="lab", extra_args=["-incoming", "defer"])
+    halfway.address = DomainAddress(str(waiting.qmp_path))
+    assert halfway.hit(dying.at_call(NbdConnection, "submit_write", 5, after=True))
+    assert len(waiting.qmp("query-block-exports")) == 2
+    with pytest.raises(Refused, match="between two states"):
+        halfway.stage.backup(waiting)
+    halfway.restore()
+    assert not waiting.qmp("query-block-exports")
+    assert not any("restoring" in name for disk in ("vda", "vdb") for name in waiting.bitmaps(disk))
+    assert halfway.hit(dying.at_call(NbdConnection, "submit_write", 3, after=True))
+    waiting.shutdown()
+    halfway.address = DomainAddress(images=halfway.images, name="lab")
+    assert halfway.is_marked_or_whole()
     halfway.completes()

@@ -20,6 +20,7 @@ from pullback.engine.domain import Domain, DomainAddress, open_domain
 from pullback.engine.events import Emit, Note
 from pullback.engine.exporting import Export, ExportRequest, end_exports, start_parts
 from pullback.engine.overwriting import Overwriting, Sampling, changed_spans, draw_sample, map_export
+from pullback.engine.reader_lock import acquire_for_reading
 from pullback.engine.rereading import Rereading
 from pullback.engine.session import uncancelled
 from pullback.engine.source import DiskSource
@@ -123,7 +124,7 @@ async def restore_in_place(
 @asynccontextmanager
 async def _locked(repository: Repository, request: InPlaceRequest, emit: Emit) -> AsyncIterator[None]:
     lock = repository.lock(retry=request.lock_retry, waiting=lambda message: emit(Note(message)))
-    acquiring = asyncio.ensure_future(asyncio.to_thread(lock.acquire))
+    acquiring = asyncio.ensure_future(asyncio.to_thread(acquire_for_reading, lock, "Restoring", emit))
     try:
         await asyncio.shield(acquiring)
     except asyncio.CancelledError:
@@ -152,7 +153,7 @@ class _InPlace:
 
     def read_backup(self) -> None:
         """Find the backup and the disks of it that are meant."""
-        snapshot = self._repository.find(self._request.backup)
+        snapshot = self._repository.find(self._request.backup, lambda damage: self._emit(Note(f"{damage.what}.")))
         self.id = snapshot.id
         self._stored = StoredBackup(self._repository, snapshot)
         self._manifest: Manifest = parse_manifest(self._stored.manifest_bytes())
