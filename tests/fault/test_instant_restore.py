@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import pytest
 
 from lab import images
 from lab.disks import DiskSpec
+from lab.monitor import QmpError
 from lab.processes import wait_for
 from lab.qemu import BareQemu
 from tests.support.backups import open_repository
@@ -42,12 +44,14 @@ class World:
         self.to = to / "out"
         self.image = self.to / "vda.qcow2"
         self.written = bytearray(MODEL.data)
+        #: Where the command looks for the domain: it finds it once the test lets it.
+        self.door = to / "door"
         self.qemu = Restored([DiskSpec(self.image, "vda")], name="web", running=True)
 
     @contextmanager
     def restoring(self) -> Iterator[Server]:
         """The command, once a domain may use the images."""
-        domain = f"qmp:{self.qemu.qmp_path}"
+        domain = f"qmp:{self.door}"
         arguments = ("restore", self.backup, "--instant", "--to", self.to, "--domain", domain, "--json")
         with self.stage.running(*arguments) as process:
             server = Server(process)
@@ -68,20 +72,26 @@ class World:
         self.qemu.device_flush("vda")
         self.written[offset : offset + length] = bytes([byte]) * length
 
+    def open_door(self) -> None:
+        """Let the command find the domain."""
+        self.door.symlink_to(self.qemu.qmp_path)
+
     def slow_stream(self) -> None:
-        """The job as the command starts it, but slow: it is running for as long as a test wants."""
+        """The job as the command starts it, but slow; then let the command find the domain."""
         self.qemu.qmp(
             "block-stream",
             job_id="instant-0",
             device="node-vda",
             filter_node_name="pb-stream-0",
             auto_finalize=False,
-            speed=MIB,
+            speed=MIB // 4,
         )
+        self.open_door()
 
     def hurry(self) -> None:
-        """Let the slow job go."""
-        self.qemu.qmp("block-job-set-speed", device="instant-0", speed=0)
+        """Let the slow job go, if it still runs."""
+        with contextlib.suppress(QmpError):
+            self.qemu.qmp("block-job-set-speed", device="instant-0", speed=0)
 
     def status(self) -> str:
         """The job's, or nothing."""
@@ -106,8 +116,10 @@ def world(tmp_path: Path, lab_dir: Path) -> Iterator[World]:
 def test_a_domain_reads_and_writes_at_once_and_its_image_stands_alone_in_the_end(world: World) -> None:
     with world.restoring() as server, world.qemu:
         assert images.info(world.image)["virtual-size"] == SIZE
-        for number in range(len(WRITES)):
-            world.write(number)
+        world.write(0)
+        world.open_door()
+        world.write(1)
+        world.write(2)
         world.finish(server)
         # Nothing that was copied may be in QEMU's memory only.
         world.qemu.kill()
@@ -139,6 +151,9 @@ def test_the_command_dies_and_goes_on(world: World, moment: str, number: signal.
         assert server.process.returncode == (-9 if number is signal.SIGKILL else 130)
         world.write(1)
         with world.restoring() as other:
+            if moment == "before the job":
+                assert world.status() == ""
+                world.open_door()
             if moment == "running":
                 assert world.status() == "running"
                 world.hurry()
@@ -157,6 +172,8 @@ def test_qemu_dies_and_is_started_again(world: World, moment: str) -> None:
         world.write(1)
         world.qemu.kill()
         world.qemu.start()
+        if moment != "running":
+            world.open_door()
         world.write(2)
         world.finish(server)
         world.qemu.kill()
@@ -203,6 +220,7 @@ def test_backups_are_made_while_the_rest_is_copied(world: World) -> None:
         assert second.event("backup")["disks"][0]["mode"] == "incremental"
         held = world.stage.contents(second.event("backup")["id"])
         assert held == {"vda": bytes(world.written)}
+        world.hurry()
         world.finish(server)
         world.write(2)
         third = world.stage.cli_backup(world.qemu, "--json")
@@ -216,6 +234,7 @@ def test_backups_are_made_while_the_rest_is_copied(world: World) -> None:
 def test_a_damaged_backup_ends_the_command_and_not_the_domain(world: World) -> None:
     spoil(packs_of(world.stage.repo)[0], 1000)
     with world.restoring() as server, world.qemu:
+        world.open_door()
         assert not server.read("streamed")
         assert server.process.wait(60) == 9
         assert "cannot pull the rest of vda" in server.events[-1]["message"]
