@@ -72,6 +72,8 @@ def restore(
     json: opt.Json = False,
 ) -> None:
     """Restore a backup to new images, DIR/DISK.qcow2, or into a domain's own disks."""
+    if to is None and into is None:
+        raise UsageError("a restore needs --to DIR or --into DOMAIN", todo="Say where the backup is to go.")
     if image_format not in ("qcow2", "raw"):
         raise UsageError(f"{image_format!r} is no format of images", todo="Use qcow2 or raw.")
     wrong = {"--overwrite": overwrite, "--verify": verify, "--keep-going": keep_going, "--into": into is not None}
@@ -84,7 +86,7 @@ def restore(
         restore_into(domain_disks, backup_id, bool(for_images), opener, config, Reporter(json))
         return
     if to is None or dry_run:
-        raise UsageError("restore needs --to DIR, or --into DOMAIN, which alone has --dry-run")
+        raise UsageError("--dry-run is for a restore --into a domain", todo="Leave it out with --to.")
     if instant:
         socket = qmp_socket(domain, opt.load_config(config))
         restore_instantly(backup_id, to, tuple(disk or ()), socket, lock_retry, opener, json)
