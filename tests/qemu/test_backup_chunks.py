@@ -11,6 +11,7 @@ import pytest
 
 from lab.qemu import BareQemu
 from pullback.engine.backup import BackupResult
+from pullback.engine.domain import DomainAddress
 from pullback.model.units import CHUNK, HOT_CHUNK
 from pullback.repository.layout import StoredBackup
 from tests.support.backups import open_repository
@@ -107,6 +108,22 @@ def test_a_whole_backup_stores_only_what_differs(domain: tuple[Stage, BareQemu])
     lost = backup(stage, qemu)
     assert lost.manifest.disks[0].mode == "full"
     assert lost.manifest.disks[0].bytes_new == CHUNK
+
+
+def test_what_disks_and_domains_have_in_common_is_stored_once(lab_dir: Path, bare_qemu: Start) -> None:
+    stage = Stage(lab_dir)
+    content = random.Random(3).randbytes(MIB)
+    disks = [stage.disk(name, 2 * MIB) for name in ("vda", "vdb", "vdc", "vdd")]
+    first, second = bare_qemu(disks[:2]), bare_qemu(disks[2:])
+    for qemu, names in ((first, ("vda", "vdb")), (second, ("vdc", "vdd"))):
+        for number, name in enumerate(names):
+            qemu.device_write(name, number * 512 * KIB, MIB, content)
+    made = stage.backup(first)
+    assert sum(disk.bytes_new for disk in made.manifest.disks) == MIB
+    other = stage.backup(second, domain=DomainAddress(str(second.qmp_path), name="other"))
+    assert [disk.bytes_new for disk in other.manifest.disks] == [0, 0]
+    assert other.bytes_stored < 16 * KIB
+    same(stage.contents(other.id), references(second))
 
 
 @pytest.mark.parametrize("domain", ["pull"], indirect=True)
