@@ -240,6 +240,18 @@ def test_forget_refuses_without_a_policy_or_with_two(stage: Stage, arguments: tu
     assert stage.listed() == before
 
 
+@pytest.mark.parametrize("tag", ["no-such-tag", "pullback,no-such-tag"])
+def test_a_policy_that_keeps_nothing_forgets_nothing(stage: Stage, tag: str) -> None:
+    """restic would forget all of them: a word that is misspelt must not cost every backup of a domain."""
+    before = more_backups(stage, "web", "mail")
+    done = stage.cli("forget", "--keep-tag", tag, "--prune")
+    assert (done.code, stage.listed()) == (5, before)
+    assert "keeps none of the backups of mail (1), web (2)." in done.err
+    assert "pullback forget BACKUP" in done.err
+    assert stage.cli("forget", "--keep-tag", tag, "--keep-last", "1").code == 0
+    assert stage.listed() == before[1:]
+
+
 def test_keys(stage: Stage) -> None:
     new = _written(stage.place / "new", "second password")
     assert stage.cli("key", "add", "--new-password-file", new).code == 0

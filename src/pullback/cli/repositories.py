@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +16,8 @@ from pullback.errors import UsageError
 
 if TYPE_CHECKING:
     from pullback.engine.forgetting import Judged, Retention
+
+_SPAN = re.compile("([0-9]+[ymdh])+")
 
 app = typer.Typer(help="The passwords of a repository.", no_args_is_help=False)
 
@@ -61,23 +65,37 @@ def forget(
     json: opt.Json = False,
 ) -> None:
     """Forget backups, by name or by what to keep."""
-    numbers = {
+    counts = {
         "last": keep_last,
         "hourly": keep_hourly,
         "daily": keep_daily,
         "weekly": keep_weekly,
         "monthly": keep_monthly,
         "yearly": keep_yearly,
-        "within": keep_within,
     }
-    policy = [word for name, value in numbers.items() if value for word in (f"--keep-{name}", str(value))]
-    policy += [word for tag in keep_tag or () for word in ("--keep-tag", tag)]
+    policy = _policy(counts, keep_within, keep_tag or ())
     if backup and policy:
         raise UsageError(
             "backups were named and --keep options given", means="Nothing was forgotten.", todo="Use one of the two."
         )
     on = OnRepository(repo, password_file, password_command, config, json=json, lock_retry=lock_retry)
     _forget(on, backup or [], policy, domain, prune=prune, dry_run=dry_run)
+
+
+def _policy(counts: Mapping[str, int | None], within: str | None, tags: Sequence[str]) -> list[str]:
+    """restic's options for a policy; UsageError for what restic would take as a policy that keeps nothing."""
+    policy = [word for name, count in counts.items() if count for word in (f"--keep-{name}", str(count))]
+    if within is not None:
+        if _SPAN.fullmatch(within) is None or not any(map(int, re.findall("[0-9]+", within))):
+            raise UsageError(
+                f"{within!r} is no span of time", todo="Write years, months, days and hours, 1y5m7d2h for instance."
+            )
+        policy += ["--keep-within", within]
+    for tag in tags:
+        if not all(part.strip() for part in tag.split(",")):
+            raise UsageError("--keep-tag is followed by an empty tag", means="It would keep what has no tag at all.")
+        policy += ["--keep-tag", tag]
+    return policy
 
 
 def _forget(
@@ -89,7 +107,9 @@ def _forget(
     retention = (
         forgetting.by_name(repository, specs, domain)
         if specs
-        else forgetting.by_policy(lambda arguments: on.restic(arguments, quiet=True), policy, domain)
+        else forgetting.by_policy(
+            lambda arguments: on.restic(arguments, quiet=True), repository, policy, domain, on.tell_damage
+        )
     )
     on.reporter.answer(
         {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from pullback.errors import Refused, RepositoryError, UsageError
+from pullback.errors import Damaged, Refused, RepositoryError, UsageError
 from pullback.repository.repository import Repository
 from pullback.repository.snapshots import Snapshot, find_snapshot
 from pullback.repository.tree import parse_time
@@ -44,8 +44,18 @@ class Retention:
     forget: tuple[Judged, ...]
 
 
-def by_policy(call: CallRestic, policy: Sequence[str], domain: str | None) -> Retention:
-    """What restic would keep of our backups by this policy (its own options), each domain on its own."""
+def by_policy(
+    call: CallRestic,
+    repository: Repository,
+    policy: Sequence[str],
+    domain: str | None = None,
+    tell: Callable[[Damaged], None] | None = None,
+) -> Retention:
+    """What restic would keep of our backups by this policy (its own options), each domain on its own.
+
+    ``tell`` hears of broken snapshot files, which neither count nor are forgotten.  Refused where a domain would keep
+    nothing, or what we cannot read would be forgotten.
+    """
     if not policy:
         raise UsageError(
             "no backup and no --keep option was given",
@@ -53,21 +63,55 @@ def by_policy(call: CallRestic, policy: Sequence[str], domain: str | None) -> Re
             todo="Name backups, or say what to keep, --keep-daily 14 for instance.",
         )
     hosts = ["--host", domain] if domain else []
-    groups = call(["forget", "--dry-run", "--json", "--tag", TAG, "--group-by", "host", *hosts, *policy])
-    keep: list[Judged] = []
-    forget: list[Judged] = []
+    answers = call(["forget", "--dry-run", "--json", "--tag", TAG, "--group-by", "host", *hosts, *policy])
     try:
-        for group in (group for answer in groups for group in answer or ()):
-            kept = group.get("keep") or []
-            reasons = [tuple(reason["matches"]) for reason in group.get("reasons") or []]
-            keep += [_judged(one, why) for one, why in zip(kept, reasons, strict=True)]
-            forget += [_judged(one) for one in group.get("remove") or []]
+        groups = [_group(fields) for answer in answers for fields in answer or ()]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RepositoryError(
             f"restic's answer to forget --dry-run cannot be understood ({type(error).__name__})",
             means="Nothing was forgotten.",
         ) from error
-    return Retention(_oldest_first(keep), _oldest_first(forget))
+    # Listed after the question: what was stored meanwhile is more than restic knew, and not less.
+    readable = {one.id for one in repository.snapshots(domain, tell or (lambda damage: None)) if TAG in one.tags}
+    _refuse_unread([one for group in groups for one in group.forget if one.id not in readable])
+    _refuse_to_empty([group for group in groups if group.forget and not any(one.id in readable for one in group.keep)])
+    return Retention(
+        _oldest_first([one for group in groups for one in group.keep]),
+        _oldest_first([one for group in groups for one in group.forget]),
+    )
+
+
+def _group(fields: dict[str, Any]) -> Retention:
+    """restic's answer for one domain."""
+    kept = fields.get("keep") or []
+    reasons = [tuple(reason["matches"]) for reason in fields.get("reasons") or []]
+    return Retention(
+        tuple(_judged(one, why) for one, why in zip(kept, reasons, strict=True)),
+        tuple(_judged(one) for one in fields.get("remove") or []),
+    )
+
+
+def _refuse_unread(backups: Sequence[Judged]) -> None:
+    """What pullback cannot read it does not know to be a backup that may go."""
+    if backups:
+        raise Refused(
+            f"the policy would forget {', '.join(one.id[:8] for one in backups[:5])}{', …' if backups[5:] else ''},"
+            " which pullback cannot read, or which was forgotten meanwhile",
+            means="Nothing was forgotten.",
+            todo="Run it again; pullback verify --all says what is damaged.",
+        )
+
+
+def _refuse_to_empty(groups: Sequence[Retention]) -> None:
+    """restic does forget all that a policy does not keep, and a tag that is misspelt keeps nothing."""
+    if groups:
+        counts = sorted((group.forget[0].domain, len(group.forget)) for group in groups)
+        raise Refused(
+            f"this policy keeps none of the backups of {', '.join(f'{domain} ({count})' for domain, count in counts)}",
+            means="Nothing was forgotten, of other domains neither.",
+            todo="Say more to keep, --keep-last 1 for instance; to forget them all the same, name them: pullback forget"
+            " BACKUP.",
+        )
 
 
 def _judged(fields: dict[str, Any], reasons: tuple[str, ...] = ()) -> Judged:
