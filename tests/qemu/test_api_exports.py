@@ -5,21 +5,23 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import ssl
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from lab import images
 from lab.processes import run
 from lab.qemu import BareQemu, qemu_version, short_directory
 from pullback.errors import TransferError
 from pullback.nbd.address import Address, TcpAddress, parse_uri
 from pullback.nbd.blocking import NbdConnection
-from tests.support.api import BLOCK, Api, by_everybody, by_nbdcopy, contexts, dirty_map, scribble, state_of
+from tests.support.api import BLOCK, Api, by_everybody, by_nbdcopy, contexts, dirty_map, inside, scribble, state_of
 from tests.support.product import MIB, Stage, reference
 
 SIZE = 2 * MIB
@@ -250,12 +252,120 @@ def test_another_program_s_server_is_left_alone(api: Api) -> None:
     assert len(api.export("own")) == 2
 
 
-def test_who_may_connect(api: Api) -> None:
-    """Connecting takes the right to write to the socket; the scratch has no name any more."""
+# -- where it listens ---------------------------------------------------------------------------------------------
+
+
+def _lay(path: Path, kind: str) -> socket.socket | None:
+    """Put something there; a socket that has to be kept open for it."""
+    if kind == "file":
+        path.write_text("precious")
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "link":
+        (path.parent / "image").write_text("precious")
+        path.symlink_to("image")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        if kind != "dead socket":
+            listener.listen(0)
+        return listener
+    return None
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link", "fifo", "live socket", "busy socket"])
+def test_nothing_that_lies_at_the_path_is_lost(api: Api, kind: str) -> None:
+    """QEMU unlinks whatever is there before it listens."""
+    place = short_directory()
+    path = place / "nbd"
+    with ExitStack() as stack:
+        stack.callback(lambda: run(["rm", "-rf", place]))
+        if listener := _lay(path, kind):
+            stack.enter_context(listener)
+        if kind == "busy socket":  # whoever else connects would wait
+            stack.enter_context(socket.socket(socket.AF_UNIX)).connect(str(path))
+        before, here = path.lstat(), state_of(api.qemu)
+        document = place / "export.xml"
+        document.write_text(
+            f"<domainblockexport type='nbd'><address type='unix' path='{path}'/>"
+            "<disk name='vda' snapshot='own'/></domainblockexport>"
+        )
+        said = "another program listens" if "socket" in kind else f"it is a {kind}"
+        api.refused(2, said, "export", "start", "--snapshot", "own", "--socket", path)
+        api.refused(2, said, "export", "start", "--snapshot", "own", "--socket", path, "--dry-run")
+        api.refused(2, said, "export", "start", "--xml", document)
+        image = images.create(place / "vda.qcow2", MIB)
+        done = inside(["export", "start", f"disk:{image}", "--writable", "--socket", str(path)], {})
+        assert (done.code, said in done.err) == (2, True), done.err
+        assert (path.lstat(), state_of(api.qemu)) == (before, here)
+        if kind in ("file", "link"):
+            assert path.read_text() == "precious"
+
+
+def test_qemu_unlinks_what_lies_at_the_path_of_a_socket(api: Api) -> None:
+    path = api.stage.place / "precious"
+    path.write_text("precious")
+    api.qemu.qmp("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}})
+    try:
+        assert path.is_socket()
+    finally:
+        api.qemu.qmp("nbd-server-stop")
+    assert not path.exists()
+
+
+def test_a_dead_socket_is_replaced(api: Api) -> None:
+    path = api.stage.place / "nbd"
+    listener = _lay(path, "dead socket")
+    assert listener is not None
+    listener.close()
+    assert len(by_nbdcopy(api.export("own")["vdb"])) == SIZE
+
+
+def test_who_may_connect(lab_dir: Path, bare_qemu: Callable[..., BareQemu]) -> None:
+    """Whatever QEMU's umask is: its owner; the scratch has no name any more."""
+    before = os.umask(0)
+    try:
+        stage = Stage(lab_dir)
+        qemu = bare_qemu([stage.disk("vda", SIZE)], running=True)
+    finally:
+        os.umask(before)
+    api = Api(stage, qemu)
+    api.snapshot("own")
+    lab_dir.chmod(0o755)
+    place = {"type": "unix", "data": {"path": str(lab_dir / "nbd")}}
+    qemu.qmp("nbd-server-start", addr=place)
+    assert stat.S_IMODE((lab_dir / "nbd").stat().st_mode) & 0o002
+    qemu.qmp("nbd-server-stop")
     api.export("own")
-    mode = stat.S_IMODE(os.stat(api.stage.place / "nbd").st_mode)
-    assert mode & 0o022 == 0, oct(mode)
-    assert list(api.stage.scratch.rglob("*")) == []
+    assert stat.S_IMODE(os.stat(lab_dir / "nbd").st_mode) == 0o600
+    assert list(stage.scratch.rglob("*")) == []
+    api.do("export", "stop")
+    if os.geteuid() == 0:
+        _as_another_user(api)
+    api.do("snapshot", "delete", "own")
+    assert api.clean() == []
+
+
+def _as_another_user(api: Api) -> None:
+    """Who may not change the socket's mode, exports only where its directory keeps others out."""
+    user, place = "64321", api.stage.place / "theirs"
+    place.mkdir(mode=0o700)
+    os.chown(place, int(user), int(user))
+    api.qemu.directory.chmod(0o755)
+    prefix = ["setpriv", "--reuid", user, "--regid", user, "--clear-groups"]
+    words = ("export", "start", api.domain, "--snapshot", "own", "--socket")
+    unset = ["XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"]
+    try:
+        before = state_of(api.qemu)
+        done = api.stage.cli(*words, api.stage.place / "nbd", prefix=prefix, unset=unset)
+        assert (done.code, "everybody on this host could connect" in done.err) == (5, True), done.err
+        assert state_of(api.qemu) == before
+        done = api.stage.cli(*words, place / "nbd", prefix=prefix, unset=unset)
+        assert done.code == 0, done.err
+    finally:
+        run(["rm", "-rf", f"/tmp/pullback-{user}"])
 
 
 # -- TLS ----------------------------------------------------------------------------------------------------------
@@ -330,8 +440,9 @@ def test_tls(api: Api, certificates: Path, where: str) -> None:
 
 
 def test_certificates_that_are_not_there(api: Api) -> None:
-    words = ("export", "start", "--snapshot", "own", "--listen", "127.0.0.1", "--tls", api.stage.place)
-    api.refused(2, "holds no server-cert.pem", *words)
+    for place in (("--listen", "127.0.0.1"), ("--socket", api.stage.place / "nbd")):
+        words = ("export", "start", "--snapshot", "own", *place, "--tls", api.stage.place)
+        api.refused(2, "holds no server-cert.pem", *words)
 
 
 # -- found again --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from pullback.engine.freezing import Snapshot
+from pullback.engine.listening import check_address, dead_socket, keep_to_owner
 from pullback.engine.session import Bound, Session, session_of, uncancelled
 from pullback.errors import CommandFailed, DomainBusy, DomainError, Refused, UsageError
 from pullback.model.chain import Chain, Edge, Unknown, read_chain
@@ -26,12 +27,11 @@ from pullback.model.snapshots import (
 )
 from pullback.nbd.address import Address, TcpAddress, UnixAddress
 from pullback.plan.cleanup import stop_exports
+from pullback.plan.command import Plan
 from pullback.plan.export import ExportPart, disown_server, idle_server, need_server, start_export
 from pullback.plan.method import refuse_export
 from pullback.plan.selection import select_disks
 
-#: A unix socket's path has at most this many bytes (unix(7)).
-_LONGEST_PATH = 107
 #: Bytes in an export's name (NBD protocol, "values").
 _LONGEST_NAME = 4096
 
@@ -140,25 +140,6 @@ def _target(facts: Facts, state: ExportState) -> str:
     return frozen or next(own, "")
 
 
-def check_address(address: Address, tls: str | None, insecure: bool) -> None:
-    """UsageError for an address that is unsafe or impossible."""
-    if isinstance(address, UnixAddress):
-        path = address.path.encode(errors="surrogateescape")
-        if not address.path.startswith("/") or len(path) > _LONGEST_PATH or b"\0" in path:
-            raise UsageError(
-                f"the socket {address.path} is not an absolute path of at most {_LONGEST_PATH} bytes",
-            )
-    elif tls is None and not insecure:
-        raise UsageError(
-            f"an export on TCP ({address}) without TLS lets everybody on the way read the disks",
-            todo="Give certificates with --tls DIR, or say --insecure.",
-        )
-    elif tls is not None and not (Path(tls) / "server-cert.pem").is_file():
-        raise UsageError(
-            f"{tls} holds no server-cert.pem", todo="It needs ca-cert.pem, server-cert.pem and server-key.pem."
-        )
-
-
 def _server(request: ExportRequest, running: ServerMark | None) -> ServerMark:
     """Where the NBD server is to listen; UsageError for an address that is unsafe or impossible.
 
@@ -166,14 +147,16 @@ def _server(request: ExportRequest, running: ServerMark | None) -> ServerMark:
     """
     address = request.address
     check_address(address, request.tls, request.insecure)
+    # QEMU works in another directory than we do.
+    tls = None if request.tls is None else str(Path(request.tls).absolute())
     if isinstance(address, UnixAddress):
-        return ServerMark("unix", address.path, request.tls)
+        return ServerMark("unix", address.path, tls)
     if running is not None and not address.port:
         used = running.place.rpartition(":")[2]
-        if running == ServerMark("inet", f"{address.host}:{used}", request.tls):
+        if running == ServerMark("inet", f"{address.host}:{used}", tls):
             return running
     port = address.port or _free_port(address.host)
-    return ServerMark("inet", f"{address.host}:{port}", request.tls)
+    return ServerMark("inet", f"{address.host}:{port}", tls)
 
 
 def _free_port(host: str) -> int:
@@ -330,9 +313,11 @@ async def start_parts(
         if names.count(name) > 1 or name in taken:
             raise UsageError(f"there is an export {name} already", todo="Give another name with --export-name.")
     start_server = need_server(facts, server)
+    if start_server and server.kind == "unix" and current_server(facts) != server:
+        dead_socket(Path(server.place))
     plan = start_export(facts, parts, server, start_server=start_server, writable=writable)
     try:
-        await session.run(plan)
+        await _carry_out(session, plan, server)
     except BaseException as error:
         if not session.dry:
             await uncancelled(_stop_again(session, parts, server, error))
@@ -350,6 +335,16 @@ async def start_parts(
         )
         for part in parts
     )
+
+
+async def _carry_out(session: Session, plan: Plan, server: ServerMark) -> None:
+    """Carry it out; before there is an export, only its owner can connect to a new server's socket."""
+    commands = [step.execute for step in plan.commands()]
+    opened = commands.index("nbd-server-start") + 1 if "nbd-server-start" in commands else 0
+    await session.run(Plan(plan.actions[:opened]))
+    if opened and server.kind == "unix" and not session.dry:
+        keep_to_owner(server.place, encrypted=server.tls is not None)
+    await session.run(Plan(plan.actions[opened:]))
 
 
 def _check_name(name: str) -> None:

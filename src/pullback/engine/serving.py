@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import ssl
-import stat
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -21,7 +19,7 @@ from pathlib import Path
 
 from pullback.engine.chunk_cache import ChunkCache
 from pullback.engine.events import Emit, Note, ServedExport, Serving
-from pullback.engine.exporting import check_address
+from pullback.engine.listening import check_address, dead_socket
 from pullback.engine.reader_lock import acquire_for_reading
 from pullback.engine.served_disk import ServedDisk
 from pullback.engine.walking import walk
@@ -108,6 +106,8 @@ class Serve:
         request = self._request
         if request.address is not None:
             check_address(request.address, request.tls, request.insecure)
+        if isinstance(request.address, UnixAddress):
+            dead_socket(Path(request.address.path))
         tls = _tls_context(request.tls) if request.tls is not None else None
         repository = await asyncio.to_thread(self._open)
         self._lock = repository.lock(retry=request.lock_retry, waiting=lambda note: self._emit(Note(note)))
@@ -239,15 +239,8 @@ def _runtime_directory() -> str:
 
 
 def _remove_dead(path: Path) -> None:
-    """Remove a unix socket that nobody listens at: a server that was killed left it."""
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            return
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.connect(str(path))
-    except FileNotFoundError:
-        return
-    except ConnectionRefusedError:
+    """Remove the socket of a server that was killed; UsageError for anything else that lies there."""
+    if dead_socket(path):
         path.unlink(missing_ok=True)
 
 
