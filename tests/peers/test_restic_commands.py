@@ -219,15 +219,14 @@ def test_exactly_what_was_shown_is_forgotten(stage: Stage) -> None:
     more_backups(stage, "web")
     real = Restic(stage.repo).attempt("version").returncode
     assert real == 0
-    stage.cli("forget", "--keep-last", "1", env=spy(stage.place, f"echo '{_answer(stage)}'"))
+    stage.cli("forget", "--keep-last", "1", env=spy(stage.place, f"echo '{_answer(*stage.listed())}'"))
     assert (stage.place / "spy" / "arguments").read_text().split() == ["forget", stage.listed()[0]]
 
 
-def _answer(stage: Stage) -> str:
+def _answer(going: str, staying: str) -> str:
     """What restic would say to the question, from which the second call's ids have to come."""
-    first, second = stage.listed()
-    one = {"id": first, "time": "2026-05-04T03:02:01Z", "hostname": "web"}
-    two = {"id": second, "time": "2026-05-05T03:02:01.123456789+02:00", "hostname": "web"}
+    one = {"id": going, "time": "2026-05-04T03:02:01Z", "hostname": "web"}
+    two = {"id": staying, "time": "2026-05-05T03:02:01.123456789+02:00", "hostname": "web"}
     return json.dumps([{"keep": [two], "remove": [one], "reasons": [{"matches": ["last snapshot"]}]}])
 
 
@@ -250,6 +249,24 @@ def test_a_policy_that_keeps_nothing_forgets_nothing(stage: Stage, tag: str) -> 
     assert "pullback forget BACKUP" in done.err
     assert stage.cli("forget", "--keep-tag", tag, "--keep-last", "1").code == 0
     assert stage.listed() == before[1:]
+
+
+@pytest.mark.damages_repository("a broken snapshot file")
+def test_what_cannot_be_read_is_told_and_not_forgotten(stage: Stage) -> None:
+    first, second, third = more_backups(stage, "web", "web")
+    whole = (path := stage.repo / "snapshots" / third).read_bytes()
+    path.chmod(0o600)
+    path.write_bytes(whole[:-1])
+    done = stage.cli("forget", "--keep-last", "1", "--json")
+    assert done.event("forgotten")["backups"] == [first]
+    assert third in done.event("note")["message"]
+    # What restic can read and we cannot: it says so itself here.
+    done = stage.cli("forget", "--keep-last", "1", env=spy(stage.place, f"echo '{_answer(third, second)}'"))
+    assert (done.code, f"would forget {third[:8]}" in done.err) == (5, True), done.err
+    # What is to be kept has to be readable, too.
+    done = stage.cli("forget", "--keep-last", "1", env=spy(stage.place, f"echo '{_answer(second, third)}'"))
+    assert (done.code, "keeps none of the backups of web (1)" in done.err) == (5, True), done.err
+    assert {one.name for one in path.parent.iterdir()} == {second, third}
 
 
 def test_keys(stage: Stage) -> None:

@@ -16,6 +16,8 @@ import pytest
 from pullback.cli import backups, main, reporter
 from pullback.cli.interrupts import Interrupted, run_interruptible
 from pullback.errors import PullbackError, Refused
+from pullback.repository.snapshots import Snapshot
+from tests.support.backups import MOMENT, new_repository, open_repository
 from tests.support.cli import filled_stage
 from tests.support.product import Done, Stage
 
@@ -358,6 +360,25 @@ def test_results_and_notes_go_different_ways(command: Command, stage: Stage, mon
     done = command("restore", "latest", "--to", str(stage.place / "out2"), "--json")
     assert not done.err
     assert [event["event"] for event in done.events][-2:] == ["progress", "restore"]
+
+
+@pytest.mark.parametrize("words", ["show", "verify", "forget", "copy --to COPY", "restore --to OUT"])
+def test_latest_beside_a_broken_snapshot_file_is_not_an_older_backup(
+    command: Command, stage: Stage, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    for name, value in stage.environment().items():
+        monkeypatch.setenv(name, value)
+    repository = open_repository(stage.repo)
+    with repository.lock():
+        newest = repository.save_snapshot(Snapshot(MOMENT, repository.find("latest").tree, ("/web",), "web"))
+    new_repository(stage.place / "copy")
+    (path := stage.repo / "snapshots" / newest).chmod(0o600)
+    path.write_bytes(path.read_bytes()[:-1])
+    name, *more = words.replace("COPY", str(stage.place / "copy")).replace("OUT", str(stage.place / "out")).split()
+    for spec in ("latest", "web@latest", newest[:20]):
+        done = command(name, spec, *more)
+        assert (done.code, newest in done.err, done.err.count("\n")) == (8, True, 1)
+    assert len([*(stage.repo / "snapshots").iterdir()]) == 2
 
 
 def test_a_table_lines_up() -> None:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta, timezone
 import pytest
 import zstandard
 
-from pullback.errors import BackupNotFound
+from pullback.errors import BackupNotFound, Damaged
 from pullback.repository import pack as pack_module
 from pullback.repository.blob import (
     BlobId,
@@ -25,7 +25,14 @@ from pullback.repository.crypto import OVERHEAD, Key
 from pullback.repository.index import Index, IndexBroken, decode_index, encode_index
 from pullback.repository.pack import PackBroken, PackBuilder, PackedBlob, decode_header, encode_header, parse_pack
 from pullback.repository.polynomial import is_irreducible, random_polynomial
-from pullback.repository.snapshots import Snapshot, SnapshotBroken, decode_snapshot, encode_snapshot, find_snapshot
+from pullback.repository.snapshots import (
+    Snapshot,
+    SnapshotBroken,
+    SnapshotFiles,
+    decode_snapshot,
+    encode_snapshot,
+    find_snapshot,
+)
 from pullback.repository.tree import (
     EPOCH,
     TreeBroken,
@@ -414,6 +421,32 @@ def test_finding_a_backup(spec: str, name: str) -> None:
 def test_not_finding_a_backup_says_what_there_is(spec: str, words: str) -> None:
     with pytest.raises(BackupNotFound, match=words):
         find_snapshot(several(), spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [("latest", None), ("web@latest", None), ("db@latest", None), ("b", "b3"), ("a2", "a2"), ("a1a", "a1"),
+     ("a1f", None), ("A1", None), ("web@a1", None), ("a1f" + "0" * 61, None), ("web@b", "b3")],
+)  # fmt: skip
+def test_what_may_be_a_broken_file_is_not_taken_for_another(spec: str, name: str | None) -> None:
+    files = SnapshotFiles(tuple(several()), {"a1f" + "0" * 61: Damaged("snapshots/a1f0 is broken")})
+    if name is None:
+        with pytest.raises(Damaged, match="a1f0 is broken"):
+            files.find(spec)
+    else:
+        assert files.find(spec).id == name * 32
+    assert SnapshotFiles(tuple(several()), {}).of("web").find("latest").id == "a1" * 32
+    with pytest.raises(BackupNotFound, match="no backup 'c'"):
+        files.find("c")
+
+
+@pytest.mark.parametrize("domain", ["a@b", "web@latest", "@", "x@"])
+def test_an_at_in_a_domains_name_is_no_trap(domain: str) -> None:
+    """The last @ is the one that parts name and backup: what stands behind it holds none."""
+    odd = replace(SNAPSHOT, time=datetime(2026, 1, 9, tzinfo=UTC), hostname=domain, id="c0" * 32)
+    assert find_snapshot([*several(), odd], f"{domain}@latest") == odd
+    assert find_snapshot([*several(), odd], f"{domain}@c0") == odd
+    assert find_snapshot(several(), "web@latest").hostname == "web"
 
 
 def test_an_empty_repository_says_so() -> None:

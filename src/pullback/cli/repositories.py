@@ -105,7 +105,7 @@ def _forget(
 
     repository = on.open()
     retention = (
-        forgetting.by_name(repository, specs, domain)
+        forgetting.by_name(repository, specs, domain, on.tell_damage)
         if specs
         else forgetting.by_policy(
             lambda arguments: on.restic(arguments, quiet=True), repository, policy, domain, on.tell_damage

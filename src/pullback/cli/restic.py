@@ -61,12 +61,12 @@ class OnRepository:
     def find(self, repository: Repository, specs: Sequence[str], domain: str | None = None) -> list[Snapshot]:
         """The backups called so, each once; all of pullback's if none is named.  Broken snapshot files are told."""
         from pullback.engine.forgetting import TAG
-        from pullback.repository.snapshots import find_snapshot
 
-        known = repository.snapshots(domain, broken=self.tell_damage)
-        if not specs:
-            return [one for one in known if TAG in one.tags]
-        return list({found.id: found for found in (find_snapshot(known, spec) for spec in specs)}.values())
+        files = repository.snapshot_files().of(domain)
+        found = [files.find(spec) for spec in specs] or [one for one in files.readable if TAG in one.tags]
+        for damage in files.broken.values():
+            self.tell_damage(damage)
+        return list({one.id: one for one in found}.values())
 
     def tell_damage(self, error: Damaged) -> None:
         """Tell what was passed over."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from pullback.errors import Damaged, Refused, RepositoryError, UsageError
 from pullback.repository.repository import Repository
-from pullback.repository.snapshots import Snapshot, find_snapshot
+from pullback.repository.snapshots import Snapshot
 from pullback.repository.tree import parse_time
 
 TAG = "pullback"
@@ -48,8 +48,8 @@ def by_policy(
     call: CallRestic,
     repository: Repository,
     policy: Sequence[str],
-    domain: str | None = None,
-    tell: Callable[[Damaged], None] | None = None,
+    domain: str | None,
+    tell: Callable[[Damaged], None],
 ) -> Retention:
     """What restic would keep of our backups by this policy (its own options), each domain on its own.
 
@@ -72,7 +72,7 @@ def by_policy(
             means="Nothing was forgotten.",
         ) from error
     # Listed after the question: what was stored meanwhile is more than restic knew, and not less.
-    readable = {one.id for one in repository.snapshots(domain, tell or (lambda damage: None)) if TAG in one.tags}
+    readable = {one.id for one in repository.snapshots(domain, tell) if TAG in one.tags}
     _refuse_unread([one for group in groups for one in group.forget if one.id not in readable])
     _refuse_to_empty([group for group in groups if group.forget and not any(one.id in readable for one in group.keep)])
     return Retention(
@@ -122,12 +122,21 @@ def _oldest_first(backups: Sequence[Judged]) -> tuple[Judged, ...]:
     return tuple(sorted(backups, key=lambda one: (one.time, one.id)))
 
 
-def by_name(repository: Repository, specs: Sequence[str], domain: str | None = None) -> Retention:
-    """These backups, found as everywhere; Refused for what pullback did not store, BackupNotFound."""
-    known = repository.snapshots(domain, broken=lambda error: None)
+def by_name(
+    repository: Repository,
+    specs: Sequence[str],
+    domain: str | None,
+    tell: Callable[[Damaged], None],
+) -> Retention:
+    """These backups, found as everywhere; Refused for what pullback did not store, BackupNotFound, Damaged.
+
+    ``tell`` hears of broken snapshot files that cannot have been meant.
+    """
+    files = repository.snapshot_files().of(domain)
+    known = files.readable
     chosen: dict[str, Snapshot] = {}
     for spec in specs:
-        found = find_snapshot(known, spec)
+        found = files.find(spec)
         if TAG not in found.tags:
             raise Refused(
                 f"{found.short_id} is no backup of pullback's",
@@ -135,6 +144,8 @@ def by_name(repository: Repository, specs: Sequence[str], domain: str | None = N
                 todo="restic forget can forget it.",
             )
         chosen[found.id] = found
+    for damage in files.broken.values():
+        tell(damage)
     domains = {snapshot.hostname for snapshot in chosen.values()}
     others = [
         one for one in known if one.id not in chosen and one.hostname in domains and TAG in one.tags

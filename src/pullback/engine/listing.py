@@ -11,7 +11,6 @@ from pullback.errors import Damaged, RepositoryUnsupported
 from pullback.model.manifest import Manifest, parse_manifest
 from pullback.repository.layout import StoredBackup
 from pullback.repository.repository import Repository
-from pullback.repository.snapshots import find_snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +55,14 @@ def list_stored(
 
 
 def show_stored(repository: Repository, spec: str, broken: Callable[[Damaged], None]) -> ShownBackup:
-    """The backup called so; raises BackupNotFound, and Damaged or RepositoryUnsupported for its manifest.
+    """The backup called so; raises as SnapshotFiles.find, and Damaged or RepositoryUnsupported for its manifest.
 
     A base is here under another id where it is a copy.
     """
-    known = repository.snapshots(broken=broken)
-    snapshot = find_snapshot(known, spec)
+    files = repository.snapshot_files()
+    snapshot = files.find(spec)
+    for damage in files.broken.values():
+        broken(damage)
     try:
         manifest = parse_manifest(StoredBackup(repository, snapshot).manifest_bytes())
     except Damaged as error:
@@ -71,6 +72,7 @@ def show_stored(repository: Repository, spec: str, broken: Callable[[Damaged], N
             means=error.means,
             todo=f"pullback verify {snapshot.short_id} --data says what of it is damaged.",
         ) from error
-    here = {one.original: one.id for one in known if one.original} | {one.id: one.id for one in known}
+    here = {one.original: one.id for one in files.readable if one.original}
+    here |= {one.id: one.id for one in files.readable}
     bases = {disk.base.backup: here.get(disk.base.backup) for disk in manifest.disks if disk.base is not None}
     return ShownBackup(snapshot.id, manifest, bases, snapshot.original)

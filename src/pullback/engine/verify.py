@@ -33,7 +33,7 @@ from pullback.repository.crypto import OVERHEAD
 from pullback.repository.locks import RepositoryLock
 from pullback.repository.pack import PackBroken, PackedBlob
 from pullback.repository.repository import Repository
-from pullback.repository.snapshots import Snapshot, find_snapshot
+from pullback.repository.snapshots import Snapshot, SnapshotFiles
 from pullback.repository.store import FileKind
 
 _PROGRESS_EVERY = 0.2
@@ -103,16 +103,16 @@ class Verification:
     def run(self) -> Verified:
         """Verify; what is damaged is in the result.
 
-        Raises BackupNotFound, and Damaged where so much is that nothing can be said: config, keys, index files.
+        Raises BackupNotFound, and Damaged where so much is that nothing can be said: config, keys, index files, or
+        the snapshot file that may be the one that was named.
         """
         self._repository = self._open()
         self._lock = self._repository.lock(retry=self._request.lock_retry, waiting=lambda note: self._emit(Note(note)))
         if self._stopped.is_set():
             self._lock.give_up()
         with self._lock:
-            broken: list[Damage] = []
-            known = self._repository.snapshots(broken=lambda error: broken.append(_broken_snapshot(error)))
-            chosen = self._choose(known)
+            files = self._repository.snapshot_files()
+            chosen = self._choose(files.of(self._request.domain))
             self._repository.load_index()
             for name, size in self._repository.store.list(FileKind.DATA):
                 self._pack_sizes[PackId(bytes.fromhex(name))] = size
@@ -120,7 +120,8 @@ class Verification:
                 self._survey_backup(snapshot)
             if self._request.data:
                 self._read_packs()
-            damages = broken + self._find_damage([one for one in known if TAG in one.tags or one in chosen])
+            broken = [_broken_snapshot(error) for error in files.broken.values()]
+            damages = broken + self._find_damage([one for one in files.readable if TAG in one.tags or one in chosen])
         return self._result(chosen, damages)
 
     def _result(self, chosen: Sequence[Snapshot], damages: list[Damage]) -> Verified:
@@ -130,13 +131,12 @@ class Verification:
         packs = len(survey.needed.keys() | survey.suspects.keys())
         return Verified(len(chosen), survey.disks, packs, self._bytes_read, tuple(damages), wrong)
 
-    def _choose(self, known: Sequence[Snapshot]) -> list[Snapshot]:
-        there = [one for one in known if self._request.domain in (None, one.hostname)]
+    def _choose(self, files: SnapshotFiles) -> list[Snapshot]:
         if self._request.backups:
-            found = [find_snapshot(there, spec) for spec in self._request.backups]
+            found = [files.find(spec) for spec in self._request.backups]
             return list({one.id: one for one in found}.values())
-        chosen = [one for one in there if TAG in one.tags]
-        if not chosen and self._request.domain is not None:
+        chosen = [one for one in files.readable if TAG in one.tags]
+        if not chosen and not files.broken and self._request.domain is not None:
             raise BackupNotFound(f"there is no backup of a domain {self._request.domain!r} here")
         return chosen
 

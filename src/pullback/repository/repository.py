@@ -42,14 +42,7 @@ from pullback.repository.local_store import LocalStore
 from pullback.repository.locks import RepositoryLock, current_account
 from pullback.repository.pack import PackedBlob, parse_pack
 from pullback.repository.polynomial import random_polynomial
-from pullback.repository.snapshots import (
-    LATEST,
-    Snapshot,
-    SnapshotBroken,
-    decode_snapshot,
-    encode_snapshot,
-    find_snapshot,
-)
+from pullback.repository.snapshots import Snapshot, SnapshotBroken, SnapshotFiles, decode_snapshot, encode_snapshot
 from pullback.repository.store import Bytes, FileKind, Store
 from pullback.repository.tree import Tree, TreeBroken, decode_tree, go_time
 from pullback.repository.writer import COMPRESSION_LEVEL, PackWriter, PendingIndex
@@ -241,18 +234,25 @@ class Repository:
 
         A broken snapshot file is told to `broken` and passed over; raises Damaged where nobody is to be told.
         """
-        found = []
+        files = self.snapshot_files().of(domain)
+        for error in files.broken.values():
+            if broken is None:
+                raise error
+            broken(error)
+        return list(files.readable)
+
+    def snapshot_files(self) -> SnapshotFiles:
+        """All backups that can be read, and what is wrong with the other snapshot files."""
+        found, broken = [], {}
         for name, _ in self.store.list(FileKind.SNAPSHOTS):
             try:
                 snapshot = self._load_snapshot(name)
             except Damaged as error:
-                if broken is None:
-                    raise
-                broken(error)
+                broken[name] = error
                 continue
-            if snapshot is not None and domain in (None, snapshot.hostname):
+            if snapshot is not None:
                 found.append(snapshot)
-        return sorted(found, key=lambda snapshot: (snapshot.time, snapshot.id))
+        return SnapshotFiles(tuple(sorted(found, key=lambda snapshot: (snapshot.time, snapshot.id))), broken)
 
     def _load_snapshot(self, name: str) -> Snapshot | None:
         """The snapshot in this file; None if somebody has forgotten it since it was listed."""
@@ -275,24 +275,11 @@ class Repository:
         return found
 
     def find(self, spec: str, tell: Callable[[Damaged], None] | None = None) -> Snapshot:
-        """The backup named by an id, a unique start of one, `latest` or `DOMAIN@latest`; raises BackupNotFound.
-
-        A broken snapshot file is in the way only of what is asked for as the newest, or when it may be the one asked
-        for: then Damaged is raised.  Otherwise it is passed over; `tell` hears of it.
-        """
-        broken: list[Damaged] = []
-        known = self.snapshots(broken=broken.append)
-        if broken and spec.rpartition("@")[2] == LATEST:
-            raise Damaged(
-                f"it cannot be told which backup is the newest: {broken[0].what}",
-                todo="Name a backup by its id: pullback list shows those that can be read.",
-            )
-        try:
-            found = find_snapshot(known, spec)
-        except BackupNotFound as error:
-            raise (broken[0] if broken else error) from None
+        """The backup named so, as SnapshotFiles.find; `tell` hears of broken snapshot files that were passed over."""
+        files = self.snapshot_files()
+        found = files.find(spec)
         if tell is not None:
-            for damage in broken:
+            for damage in files.broken.values():
                 tell(damage)
         return found
 

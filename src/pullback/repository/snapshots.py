@@ -7,12 +7,12 @@ restic calls a stored backup a snapshot; in pullback's words it is a backup, and
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from pullback.errors import BackupNotFound
+from pullback.errors import BackupNotFound, Damaged
 from pullback.repository.blob import BlobId
 from pullback.repository.tree import go_json, go_time, parse_time
 
@@ -104,6 +104,42 @@ def _text(value: Any) -> str:
 
 def _texts(values: Any) -> tuple[str, ...]:
     return tuple(_text(value) for value in values or ())
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotFiles:
+    """What a repository's snapshot files hold: the backups that can be read, oldest first, and by name what is broken.
+
+    A broken file does not say whose backup it is: it may be of any domain, and the newest.
+    """
+
+    readable: tuple[Snapshot, ...]
+    broken: Mapping[str, Damaged]
+
+    def of(self, domain: str | None) -> SnapshotFiles:
+        """Those of one domain, or all; broken ones stay, since each may be of it."""
+        mine = tuple(one for one in self.readable if domain in (None, one.hostname))
+        return SnapshotFiles(mine, self.broken)
+
+    def find(self, spec: str) -> Snapshot:
+        """The backup named by an id, a unique start of one, `latest` or `DOMAIN@latest`; raises BackupNotFound.
+
+        Damaged where a broken file may be what is asked for: it could be the newest, or its name begins so.
+        """
+        name = spec.rpartition("@")[2]
+        if self.broken and name == LATEST:
+            raise Damaged(
+                f"it cannot be told which backup is the newest: {next(iter(self.broken.values())).what}",
+                todo="Name a backup by its id: pullback list shows those that can be read.",
+            )
+        for file, damage in self.broken.items():
+            if name and file.startswith(name.lower()):
+                raise Damaged(
+                    f"{spec!r} may be a backup that cannot be read: {damage.what}",
+                    means=damage.means,
+                    todo="Give more digits if you mean another: pullback list shows those that can be read.",
+                )
+        return find_snapshot(self.readable, spec)
 
 
 def find_snapshot(snapshots: Iterable[Snapshot], spec: str) -> Snapshot:
