@@ -19,6 +19,7 @@ from lab.qemu import PROGRAM, BareQemu, qemu_version, short_directory
 from lab.s3 import S3Address, shared_s3
 from lab.vm import Vm
 from tests.support.judging import judge_all
+from tests.support.survival import FaultTable
 
 MARK = "PULLBACK_TEST_SESSION"
 
@@ -30,10 +31,12 @@ def pytest_report_header() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The one marker that the tests here have."""
+    """The markers that the tests here have, and the table of faults."""
     config.addinivalue_line(
         "markers", "damages_repository(reason): restic is not asked what it thinks of the repositories of this test"
     )
+    config.addinivalue_line("markers", "fault(fault): the test is one fault in the table at the end of the run")
+    config.pluginmanager.register(FaultTable())
 
 
 #: Where tests write repositories through the product.

@@ -20,6 +20,7 @@ from pullback.repository import locks
 from pullback.repository.writer import PackWriter
 from tests.support.dying import changes_something, commands_of
 from tests.support.product import KIB, MIB, Stage, chain, leftovers, mounted_tmpfs, references, run_state, same
+from tests.support.survival import Fault, survives
 
 Start = Callable[..., BareQemu]
 
@@ -46,27 +47,30 @@ def test_qemu_refuses_any_command(lab_dir: Path, bare_qemu: Start, monkeypatch: 
     execute = Monitor.execute
     failed = 0
     for at in range(1, count + 1):
-        left = at
+        with survives(Fault.QEMU_REFUSES):
+            left = at
 
-        async def broken(self: Monitor, command: str, arguments: Mapping[str, Any] | None = None, *more: Any) -> Any:
-            nonlocal left
-            left -= changes_something(command)
-            empty = left == 0 and changes_something(command)
-            return await execute(self, command, {} if empty else arguments, *more)
+            async def broken(
+                self: Monitor, command: str, arguments: Mapping[str, Any] | None = None, *more: Any
+            ) -> Any:
+                nonlocal left
+                left -= changes_something(command)
+                empty = left == 0 and changes_something(command)
+                return await execute(self, command, {} if empty else arguments, *more)
 
-        qemu.device_write("vda", at % 16 * 64 * KIB, 4096, at)
-        before, listed = chains(qemu), stage.listed()
-        with monkeypatch.context() as patched:
-            patched.setattr(Monitor, "execute", broken)
-            try:
-                stage.backup(qemu)
-            except PullbackError as error:
-                failed += 1
-                assert isinstance(error, DomainError | Refused)
-                assert stage.listed() == listed
-                assert chains(qemu) == before
-        assert leftovers(qemu, stage.scratch) == []
-        assert run_state(qemu) == "running"
+            qemu.device_write("vda", at % 16 * 64 * KIB, 4096, at)
+            before, listed = chains(qemu), stage.listed()
+            with monkeypatch.context() as patched:
+                patched.setattr(Monitor, "execute", broken)
+                try:
+                    stage.backup(qemu)
+                except PullbackError as error:
+                    failed += 1
+                    assert isinstance(error, DomainError | Refused)
+                    assert stage.listed() == listed
+                    assert chains(qemu) == before
+            assert leftovers(qemu, stage.scratch) == []
+            assert run_state(qemu) == "running"
     assert failed > count - 8
     state = references(qemu)
     last = stage.backup(qemu)
@@ -74,6 +78,7 @@ def test_qemu_refuses_any_command(lab_dir: Path, bare_qemu: Start, monkeypatch: 
     same(stage.contents(last.id), state)
 
 
+@pytest.mark.fault(Fault.QEMU_KILLED)
 def test_qemu_is_killed_while_frozen(lab_dir: Path, bare_qemu: Start) -> None:
     stage = Stage(lab_dir)
     qemu = bare_qemu([stage.disk("vda", MIB)], running=True)
@@ -90,6 +95,7 @@ def test_qemu_is_killed_while_frozen(lab_dir: Path, bare_qemu: Start) -> None:
     assert list(stage.scratch.iterdir()) == []
 
 
+@pytest.mark.fault(Fault.QEMU_KILLED_IN_THE_DATA)
 def test_qemu_is_killed_while_read(lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(lab_dir)
     qemu = bare_qemu([stage.disk("vda", 8 * MIB)], running=True)
@@ -114,6 +120,7 @@ def test_qemu_is_killed_while_read(lab_dir: Path, bare_qemu: Start, monkeypatch:
     same(stage.contents(stage.backup(qemu).id), state)
 
 
+@pytest.mark.fault(Fault.QEMU_KILLED_IN_THE_DATA)
 def test_the_command_tells_that_qemu_was_killed(lab_dir: Path, bare_qemu: Start) -> None:
     stage = Stage(lab_dir)
     qemu = bare_qemu([stage.disk("vda", 64 * MIB)], running=True)
@@ -133,6 +140,7 @@ def test_the_command_tells_that_qemu_was_killed(lab_dir: Path, bare_qemu: Start)
         assert "No backup was stored" in rest or "was lost" in rest
 
 
+@pytest.mark.fault(Fault.SCRATCH_FULL)
 def test_an_unwritable_scratch(lab_dir: Path, bare_qemu: Start) -> None:
     stage = Stage(lab_dir)
     qemu = bare_qemu([stage.disk("vda", MIB)], running=True)
@@ -150,6 +158,7 @@ def test_an_unwritable_scratch(lab_dir: Path, bare_qemu: Start) -> None:
     assert leftovers(qemu, stage.scratch) == []
 
 
+@pytest.mark.fault(Fault.SCRATCH_FULL)
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start QEMU as somebody else")
 def test_a_scratch_that_qemu_may_not_enter(lab_dir: Path, bare_qemu: Start) -> None:
     stage = Stage(lab_dir)
@@ -176,6 +185,7 @@ def tiny(lab_dir: Path) -> Iterator[Path]:
         pytest.skip(f"cannot mount: {error}")
 
 
+@pytest.mark.fault(Fault.SCRATCH_FULL)
 def test_a_full_scratch_costs_the_backup_and_not_the_domain(lab_dir: Path, bare_qemu: Start, tiny: Path) -> None:
     stage = Stage(lab_dir)
     qemu = bare_qemu([stage.disk("vda", 16 * MIB)], running=True)
@@ -205,6 +215,7 @@ def test_a_full_scratch_costs_the_backup_and_not_the_domain(lab_dir: Path, bare_
     same(stage.contents(again.id), state)
 
 
+@pytest.mark.fault(Fault.SCRATCH_FULL)
 def test_a_scratch_that_fills_up_during_the_pull(
     lab_dir: Path, bare_qemu: Start, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +266,7 @@ def test_a_small_scratch_is_enough_when_what_is_clean_is_let_go(
     same(stage.contents(backup.id), state)
 
 
+@pytest.mark.fault(Fault.REPOSITORY_FULL)
 def test_the_repository_fails_in_the_middle(lab_dir: Path, bare_qemu: Start) -> None:
     try:
         with mounted_tmpfs(lab_dir / "small", "4m") as small:

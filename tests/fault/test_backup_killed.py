@@ -25,6 +25,7 @@ from pullback.repository.writer import PackWriter
 from tests.support import dying
 from tests.support.backups import open_repository, read_disk
 from tests.support.product import KIB, MIB, Stage, chain, leftovers, references, run_state, same
+from tests.support.survival import Fault, survives
 
 Start = Callable[..., BareQemu]
 IN_THE_DATA = [
@@ -99,26 +100,28 @@ class Life:
         for names in self.chains():
             assert sum(names.values()) == 1
 
-    def recovers(self, point: dying.Point) -> None:
+    def recovers(self, fault: Fault, point: dying.Point) -> None:
         """Killed at ``point``; the domain runs on, and the next backup mends everything."""
-        code, _ = self.hit(point, signal.SIGKILL)
-        assert code == -signal.SIGKILL
-        wait_for(lambda: run_state(self.qemu) == "running", "the domain to run again", timeout=5)
-        self.go_on()
-        self.backup()
-        self.nothing_left()
-        assert [len(names) <= 4 for names in self.chains()] == [True, True]
+        with survives(fault):
+            code, _ = self.hit(point, signal.SIGKILL)
+            assert code == -signal.SIGKILL
+            wait_for(lambda: run_state(self.qemu) == "running", "the domain to run again", timeout=5)
+            self.go_on()
+            self.backup()
+            self.nothing_left()
+            assert [len(names) <= 4 for names in self.chains()] == [True, True]
 
-    def takes_back(self, point: dying.Point, number: signal.Signals) -> bool:
+    def takes_back(self, fault: Fault, point: dying.Point, number: signal.Signals) -> bool:
         """Interrupted at ``point``; all is as it was at once, or the backup was made.  Whether it was taken back."""
-        before = self.chains()
-        code, made = self.hit(point, number)
-        assert code == (0 if made else 130)
-        assert run_state(self.qemu) == "running"
-        self.nothing_left()
-        if not made:
-            assert self.chains() == before
-        return not made
+        with survives(fault):
+            before = self.chains()
+            code, made = self.hit(point, number)
+            assert code == (0 if made else 130)
+            assert run_state(self.qemu) == "running"
+            self.nothing_left()
+            if not made:
+                assert self.chains() == before
+            return not made
 
 
 @pytest.fixture
@@ -131,7 +134,7 @@ def test_killed_before_every_command(life: Life) -> None:
     life.states |= {backup: references(life.qemu) for backup in life.stage.listed() if backup not in life.states}
     assert count > 30
     for at in range(1, count):
-        life.recovers(dying.before_command(at))
+        life.recovers(Fault.KILLED_AT_A_COMMAND, dying.before_command(at))
     life.stage.restic.check()
 
 
@@ -139,12 +142,12 @@ def test_killed_while_qemu_works_on_a_command(life: Life) -> None:
     count = dying.commands_of(life.stage, life.qemu)
     life.states |= {backup: references(life.qemu) for backup in life.stage.listed() if backup not in life.states}
     for at in range(1, count, 2):
-        life.recovers(dying.after_sending(at))
+        life.recovers(Fault.KILLED_AT_A_COMMAND, dying.after_sending(at))
 
 
 def test_killed_while_data_flows(life: Life) -> None:
     for point in IN_THE_DATA:
-        life.recovers(point)
+        life.recovers(Fault.KILLED_IN_THE_DATA, point)
     life.stage.restic.check()
 
 
@@ -152,7 +155,10 @@ def test_interrupted_at_every_command(life: Life) -> None:
     count = dying.commands_of(life.stage, life.qemu)
     life.states |= {backup: references(life.qemu) for backup in life.stage.listed() if backup not in life.states}
     taken_back = [
-        life.takes_back(dying.before_command(at), signal.SIGINT if at % 2 else signal.SIGTERM) for at in range(1, count)
+        life.takes_back(
+            Fault.STOPPED_AT_A_COMMAND, dying.before_command(at), signal.SIGINT if at % 2 else signal.SIGTERM
+        )
+        for at in range(1, count)
     ]
     assert taken_back.count(True) >= count - 4
     life.go_on()
@@ -160,7 +166,7 @@ def test_interrupted_at_every_command(life: Life) -> None:
 
 
 def test_interrupted_while_data_flows(life: Life) -> None:
-    taken_back = [life.takes_back(point, signal.SIGTERM) for point in IN_THE_DATA]
+    taken_back = [life.takes_back(Fault.STOPPED_IN_THE_DATA, point, signal.SIGTERM) for point in IN_THE_DATA]
     # The third point is in the commit, which is carried to its end.
     assert taken_back == [True] * 2 + [False] * 7
     life.go_on()
@@ -168,6 +174,7 @@ def test_interrupted_while_data_flows(life: Life) -> None:
     life.stage.restic.check()
 
 
+@pytest.mark.fault(Fault.STOPPED_IN_THE_DATA)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_command_is_hit_in_full_flow(lab_dir: Path, bare_qemu: Start, number: signal.Signals) -> None:
     stage = Stage(lab_dir)

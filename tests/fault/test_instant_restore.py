@@ -20,6 +20,7 @@ from tests.support.backups import open_repository
 from tests.support.product import MIB, Stage
 from tests.support.serving import Server, random_disk, spoil, store_models
 from tests.support.serving import packs as packs_of
+from tests.support.survival import Fault
 
 SIZE = 24 * MIB
 MODEL = random_disk(SIZE, seed=11)
@@ -137,6 +138,7 @@ def test_without_a_domain_a_storage_daemon_fills_the_images(world: World) -> Non
     world.judge()
 
 
+@pytest.mark.fault(Fault.KILLED_IN_AN_INSTANT_RESTORE)
 @pytest.mark.parametrize("moment", ["before the job", "running", "pending"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_command_dies_and_goes_on(world: World, moment: str, number: signal.Signals) -> None:
@@ -163,6 +165,7 @@ def test_the_command_dies_and_goes_on(world: World, moment: str, number: signal.
         world.judge()
 
 
+@pytest.mark.fault(Fault.QEMU_KILLED_IN_THE_DATA)
 @pytest.mark.parametrize("moment", ["before the job", "running"])
 def test_qemu_dies_and_is_started_again(world: World, moment: str) -> None:
     with world.restoring() as server, world.qemu:
@@ -230,6 +233,7 @@ def test_backups_are_made_while_the_rest_is_copied(world: World) -> None:
         world.judge()
 
 
+@pytest.mark.fault(Fault.REPOSITORY_DAMAGED)
 @pytest.mark.damages_repository("what cannot be read cannot be copied")
 def test_a_damaged_backup_ends_the_command_and_not_the_domain(world: World) -> None:
     spoil(packs_of(world.stage.repo)[0], 1000)

@@ -20,6 +20,7 @@ from pullback.nbd.blocking import NbdConnection
 from pullback.repository import locks
 from tests.support import dying
 from tests.support.product import KIB, MIB, Stage, chain, leftovers, mounted_tmpfs, references, run_state, same
+from tests.support.survival import Fault
 
 Start = Callable[..., BareQemu]
 
@@ -39,6 +40,7 @@ POINTS = {
 }
 
 
+@pytest.mark.fault(Fault.KILLED_IN_A_PROOF)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_proof_that_is_cut_off_leaves_no_backup(
     lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
@@ -70,6 +72,7 @@ def test_a_proof_that_is_cut_off_leaves_no_backup(
         assert run_state(qemu) == "running"
 
 
+@pytest.mark.fault(Fault.SCRATCH_FULL)
 def test_a_scratch_that_fills_up_during_a_proof(
     lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +137,7 @@ def test_what_is_compared_is_let_go(lab_dir: Path, bare_qemu: Start, monkeypatch
         raise
 
 
+@pytest.mark.fault(Fault.QEMU_KILLED_IN_THE_DATA)
 def test_qemu_is_killed_during_a_proof(lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(lab_dir)
     qemu = bare_qemu([stage.disk("vda", MIB)], running=True)

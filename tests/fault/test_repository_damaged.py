@@ -10,18 +10,24 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lab.qemu import BareQemu
-from pullback.engine.events import silent
+from pullback.engine.backup import BackupResult
+from pullback.engine.events import Note, silent
 from pullback.engine.listing import list_stored
 from pullback.engine.restore import Restore, RestoreRequest
 from pullback.errors import Damaged, PullbackError
-from pullback.repository import locks
+from pullback.repository import locks, pack
+from pullback.repository.blob import BlobKind, blob_id
+from pullback.repository.local_store import LocalStore
+from pullback.repository.store import FileKind
 from tests.support.backups import new_repository, open_repository, store_backup
 from tests.support.cli import MANIFEST
 from tests.support.product import KIB, MIB, Stage, leftovers, references, same
+from tests.support.survival import Fault
 
 pytestmark = pytest.mark.damages_repository("that is what it is about")
 
@@ -159,6 +165,7 @@ HARMLESS = {("trees", "flip-last"), ("data", "flip-last"), ("trees", "longer"), 
 NO_LOCK = {("lock", "empty"), ("lock", "gone")}
 
 
+@pytest.mark.fault(Fault.REPOSITORY_DAMAGED)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_is_named_or_makes_no_difference(good: Good, copy: Path, tmp_path: Path, kind: str, damage: str) -> None:
@@ -190,6 +197,7 @@ def test_damage_is_named_or_makes_no_difference(good: Good, copy: Path, tmp_path
             assert name_of(file) in backups[good.ids["new"]]
 
 
+@pytest.mark.fault(Fault.REPOSITORY_DAMAGED)
 @pytest.mark.parametrize(("one", "two"), [("trees", "data"), ("index", "snapshot"), ("config", "snapshot")])
 def test_files_with_their_contents_swapped(good: Good, copy: Path, tmp_path: Path, one: str, two: str) -> None:
     """Every seal is right, and every byte is somewhere else."""
@@ -203,6 +211,7 @@ def test_files_with_their_contents_swapped(good: Good, copy: Path, tmp_path: Pat
     assert any(name_of(good.files[kind]) in str(error) for kind in (one, two)), error
 
 
+@pytest.mark.fault(Fault.REPOSITORY_DAMAGED)
 def test_data_packs_of_two_domains_swapped(good: Good, copy: Path, tmp_path: Path) -> None:
     """Both are of the same length, blob by blob: only hash and MAC can tell."""
     packs = sorted((copy / "data").rglob("*/*"), key=lambda path: path.stat().st_size)[-3:]
@@ -216,6 +225,7 @@ def test_data_packs_of_two_domains_swapped(good: Good, copy: Path, tmp_path: Pat
         assert any(path.name in str(error) for path in packs)
 
 
+@pytest.mark.fault(Fault.REPOSITORY_DAMAGED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_command_tells_it(good: Good, copy: Path, lab_dir: Path, kind: str) -> None:
     stage = Stage(lab_dir)
@@ -230,6 +240,7 @@ def test_the_command_tells_it(good: Good, copy: Path, lab_dir: Path, kind: str) 
         assert stage.cli("restore", "db@latest", "--to", lab_dir / "to").code == 0
 
 
+@pytest.mark.fault(Fault.REPOSITORY_DAMAGED)
 @pytest.mark.parametrize("damage", ["flip-middle", "empty", "garbage"])
 def test_a_damaged_snapshot_file_hides_no_other_backup(good: Good, copy: Path, tmp_path: Path, damage: str) -> None:
     victim = copy / good.files["snapshot"]
@@ -249,6 +260,7 @@ def test_a_damaged_snapshot_file_hides_no_other_backup(good: Good, copy: Path, t
     assert [victim.name in str(one) for one in told] == [True]
 
 
+@pytest.mark.fault(Fault.REPOSITORY_DAMAGED)
 def test_a_broken_snapshot_file_is_no_base_and_stops_no_backup(
     lab_dir: Path, bare_qemu: Callable[..., BareQemu]
 ) -> None:
@@ -271,6 +283,7 @@ def test_a_broken_snapshot_file_is_no_base_and_stops_no_backup(
     same(stage.contents("latest"), state)
 
 
+@pytest.mark.fault(Fault.REPOSITORY_DAMAGED)
 @pytest.mark.parametrize("kind", ["config", "key", "index", "lock"])
 def test_a_backup_into_a_damaged_repository_touches_nothing(
     lab_dir: Path, bare_qemu: Callable[..., BareQemu], kind: str
@@ -304,6 +317,7 @@ def test_a_backup_into_a_damaged_repository_touches_nothing(
     same(stage.contents(again.id), state)
 
 
+@pytest.mark.fault(Fault.REPOSITORY_DAMAGED)
 @pytest.mark.parametrize("damage", ["flip-early", "half", "gone"])
 @pytest.mark.parametrize("kind", ["trees", "data"])
 def test_a_repository_that_lost_a_pack_is_mended_by_a_full_backup(
@@ -331,3 +345,129 @@ def test_a_repository_that_lost_a_pack_is_mended_by_a_full_backup(
     healed = stage.cli_backup(qemu, "--full", "--json")
     assert healed.code == 0, healed.err
     same(stage.contents(healed.event("backup")["id"]), state)
+
+
+@dataclass
+class Losing:
+    """A domain whose disk of four chunks is backed up, each in a pack of its own, and the pack of the second."""
+
+    stage: Stage
+    qemu: BareQemu
+    chunks: list[bytes]
+    first: str
+
+    def lose(self, damage: Callable[[bytes], bytes | None], pick: Callable[[list[Path]], Path] | None = None) -> str:
+        """Damage the pack of the second chunk, or the one picked; its name."""
+        blob = blob_id(self.chunks[1])
+        place = open_repository(self.stage.repo).index.lookup(BlobKind.DATA, blob)
+        assert place is not None
+        victim = self.stage.repo / "data" / place.pack_id.hex()[:2] / place.pack_id.hex()
+        if pick is not None:
+            victim = pick(list((self.stage.repo / "data").glob("*/*")))
+        replace(victim, damage(victim.read_bytes()))
+        return victim.name
+
+    def backup(self, **more: Any) -> tuple[BackupResult, list[str]]:
+        """Back up; the backup, and the notes that speak of what was lost."""
+        notes: list[str] = []
+        done = self.stage.backup(
+            self.qemu, lambda event: notes.append(event.message) if isinstance(event, Note) else None, **more
+        )
+        return done, [note for note in notes if "lost" in note]
+
+
+@pytest.fixture
+def losing(lab_dir: Path, bare_qemu: Callable[..., BareQemu], monkeypatch: pytest.MonkeyPatch) -> Losing:
+    monkeypatch.setattr(pack, "PACK_SIZE", 100 * KIB)
+    stage = Stage(lab_dir)
+    qemu = bare_qemu([stage.disk("vda", MIB)], running=True)
+    chunks = [os.urandom(256 * KIB) for _ in range(2)]
+    qemu.device_write("vda", 0, 512 * KIB, b"".join(chunks))
+    return Losing(stage, qemu, chunks, stage.backup(qemu).id)
+
+
+def _smallest(packs: list[Path]) -> Path:
+    return min(packs, key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize("lost", ["data", "a byte", "trees"])
+def test_a_full_backup_stores_again_what_the_index_still_lists(losing: Losing, lost: str) -> None:
+    """Nobody ran rebuild-index: what is lost is known by looking."""
+    stage, state = losing.stage, references(losing.qemu)
+    # Without its last byte the blobs of a pack are whole, but restic's rebuild-index drops it.
+    damage = (lambda content: content[:-1]) if lost == "a byte" else DAMAGES["gone"]
+    victim = losing.lose(damage, _smallest if lost == "trees" else None)
+    healed, (said,) = losing.backup(full=True, prove="all")
+    for words in (f"data/{victim}", "stored again", "pullback verify", "rebuild-index", "repair index"):
+        assert words in said
+    assert "--full" not in said
+    same(stage.contents(healed.id), state)
+    if lost == "trees":
+        stage.restic.run("forget", losing.first)
+    else:
+        same(stage.contents(losing.first), state)  # it shares what was stored again
+    # What the message says to do helps, and restic is content then.
+    stage.restic.run("rebuild-index")
+    stage.restic.run("prune")
+    stage.restic.check()
+    again, notes = losing.backup(full=True)
+    assert notes == []
+    same(stage.contents(again.id), state)
+
+
+@pytest.mark.parametrize("damage", ["gone", "half"])
+def test_an_incremental_backup_does_not_believe_that_lost_chunks_are_stored(losing: Losing, damage: str) -> None:
+    """It reads what the lost pack held, at another place; where that did not change, a full one is needed."""
+    victim = losing.lose(DAMAGES[damage])
+    losing.qemu.device_write("vda", 768 * KIB, 256 * KIB, losing.chunks[1])
+    state = references(losing.qemu)
+    made, (said,) = losing.backup()
+    assert made.manifest.disks[0].mode == "incremental"
+    assert victim in said
+    assert "--full" in said
+    same(losing.stage.contents(made.id), state)
+
+
+def test_an_incremental_backup_looks_at_no_pack_that_it_does_not_need(
+    losing: Losing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs what changed, not what the repository holds."""
+    listed: list[FileKind] = []
+    looked: list[int] = []
+    list_files, load = LocalStore.list, LocalStore.load
+
+    def note_list(self: LocalStore, kind: FileKind) -> Iterator[tuple[str, int]]:
+        listed.append(kind)
+        return list_files(self, kind)
+
+    def note_load(self: LocalStore, kind: FileKind, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        if length == 1:
+            looked.append(offset)
+        return load(self, kind, name, offset, length)
+
+    monkeypatch.setattr(LocalStore, "list", note_list)
+    monkeypatch.setattr(LocalStore, "load", note_load)
+    # Nothing of the first is stored yet; of the second the chunk of zeroes is.
+    for data, looks in ((os.urandom(256 * KIB), 0), (bytes(256 * KIB), 1)):
+        losing.qemu.device_write("vda", 512 * KIB, 256 * KIB, data)
+        losing.backup()
+        assert FileKind.DATA not in listed
+        assert len(looked) == looks
+    losing.backup(full=True)
+    assert listed.count(FileKind.DATA) == 1
+    assert len(looked) == 1
+
+
+def test_a_proof_that_meets_a_lost_pack_says_how_to_mend_the_index(losing: Losing) -> None:
+    victim = losing.lose(DAMAGES["gone"])
+    losing.qemu.device_write("vda", 0, 512, 1)
+    with pytest.raises(Damaged) as raised:
+        losing.backup(prove="all")
+    for words in ("cannot be read back", victim, "rebuild-index", "repair index", "--full", "No backup was stored"):
+        assert words in str(raised.value)
+    # It helps.
+    losing.stage.restic.run("rebuild-index")
+    state = references(losing.qemu)
+    healed, _ = losing.backup(full=True, prove="all")
+    same(losing.stage.contents(healed.id), state)
+    losing.stage.restic.run("prune")

@@ -16,6 +16,7 @@ from tests.support.backups import new_repository
 from tests.support.cli import filled_stage
 from tests.support.product import MIB, Done, Stage, chain, leftovers, mounted_tmpfs, references, same
 from tests.support.restic import Restic, needs_restic
+from tests.support.survival import Fault
 
 Start = Callable[..., BareQemu]
 FAILED = 14
@@ -92,6 +93,7 @@ def fill(place: Path, leave: int = 0) -> Path:
     return file
 
 
+@pytest.mark.fault(Fault.REPOSITORY_FULL)
 @needs_restic
 def test_no_room_for_what_changed(small: Small) -> None:
     small.qemu.device_write("vda", 2 * MIB, 12 * MIB, os.urandom(12 * MIB))
@@ -102,6 +104,7 @@ def test_no_room_for_what_changed(small: Small) -> None:
     small.goes_on()
 
 
+@pytest.mark.fault(Fault.REPOSITORY_FULL)
 @needs_restic
 @pytest.mark.parametrize("leave", [0, 4096, 8192, 16384, 24576])
 def test_no_room_at_any_step(small: Small, leave: int) -> None:
@@ -113,6 +116,7 @@ def test_no_room_at_any_step(small: Small, leave: int) -> None:
     small.goes_on()
 
 
+@pytest.mark.fault(Fault.REPOSITORY_FULL)
 @needs_restic
 def test_a_read_only_file_system(small: Small, lab_dir: Path) -> None:
     small.qemu.device_write("vda", 0, 4096, 7)
@@ -128,6 +132,7 @@ def test_a_read_only_file_system(small: Small, lab_dir: Path) -> None:
     small.goes_on()
 
 
+@pytest.mark.fault(Fault.REPOSITORY_FULL)
 def test_a_repository_that_is_not_ours_to_write(lab_dir: Path) -> None:
     """As another user: who may read it restores, who may not is told so."""
     if os.geteuid() != 0:

@@ -19,6 +19,7 @@ from pullback.repository import locks, pack, writer
 from tests.support.backups import new_repository, open_repository, read_disk, store_backup
 from tests.support.restic import Restic, needs_restic
 from tests.support.store_calls import calls_of, killed_at
+from tests.support.survival import Fault, survives
 
 pytestmark = needs_restic
 CHUNK = 4 << 10
@@ -111,9 +112,10 @@ def kill_everywhere(life: Life, work: Callable[[], object]) -> list[str]:
     """Kill ``work`` at every one of its calls; their names."""
     hit: list[str] = []
     while True:
-        life.go_on()
-        name = killed_at(work, len(hit) + 1)
-        life.recovers()
+        with survives(Fault.KILLED_AT_A_STORE_CALL):
+            life.go_on()
+            name = killed_at(work, len(hit) + 1)
+            life.recovers()
         if not name:
             return hit
         hit.append(name)
@@ -152,17 +154,19 @@ def test_killed_where_directories_are_missing(tmp_path: Path) -> None:
     life = Life(tmp_path / "repo")
     hit = []
     for at in range(1, 25):
-        life.go_on()
-        for folder in sorted(life.place.rglob("*"), reverse=True):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-        hit.append(killed_at(life.store, at))
-        (life.place / "locks").mkdir(exist_ok=True)  # which restic does not do without
-        life.recovers()
+        with survives(Fault.KILLED_AT_A_STORE_CALL):
+            life.go_on()
+            for folder in sorted(life.place.rglob("*"), reverse=True):
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+            hit.append(killed_at(life.store, at))
+            (life.place / "locks").mkdir(exist_ok=True)  # which restic does not do without
+            life.recovers()
     assert hit.count("mkdir") >= 2
     life.ends_well(tmp_path / "out")
 
 
+@pytest.mark.fault(Fault.KILLED_AT_A_STORE_CALL)
 def test_a_lock_of_the_dead_costs_its_successor_nothing(tmp_path: Path) -> None:
     """An exclusive one, even: whoever was pruning is no more."""
     life = Life(tmp_path / "repo")
@@ -185,10 +189,11 @@ def test_init_killed_at_every_call(tmp_path: Path) -> None:
     points = [at for at, name in enumerate(calls, 1) if name != "mkdir" or at < 10]
     assert len(points) > 15
     for at in [*points, len(calls) + 1]:
-        place = tmp_path / f"repo-{at}"
-        name = killed_at(functools.partial(new_repository, place), at)
-        assert name == (calls[at - 1] if at <= len(calls) else "")
-        if not (place / "config").exists():
-            new_repository(place)
-        open_repository(place)
-        Restic(place).check()
+        with survives(Fault.KILLED_AT_A_STORE_CALL):
+            place = tmp_path / f"repo-{at}"
+            name = killed_at(functools.partial(new_repository, place), at)
+            assert name == (calls[at - 1] if at <= len(calls) else "")
+            if not (place / "config").exists():
+                new_repository(place)
+            open_repository(place)
+            Restic(place).check()

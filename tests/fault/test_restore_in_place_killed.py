@@ -28,6 +28,7 @@ from tests.support import dying
 from tests.support.api import inside
 from tests.support.backups import open_repository
 from tests.support.product import KIB, MIB, Stage, forked, references, same
+from tests.support.survival import Fault, survives
 
 
 class Halfway:
@@ -141,13 +142,15 @@ def test_killed_before_any_command(halfway: Halfway) -> None:
     """Each life begins where the last one was killed; the last one has no such command any more."""
     marked, count = 0, 1
     while halfway.hit(dying.before_command(count)):
-        marked += halfway.is_marked_or_whole()
-        count += 2
+        with survives(Fault.KILLED_IN_PLACE):
+            marked += halfway.is_marked_or_whole()
+            count += 2
     assert count > 10
     assert marked > 3
     halfway.completes()
 
 
+@pytest.mark.fault(Fault.KILLED_IN_PLACE)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_hit_while_it_writes(halfway: Halfway, number: signal.Signals) -> None:
     for at in (1, 5, 9):
@@ -179,6 +182,7 @@ def fails(halfway: Halfway, kind: type[PullbackError]) -> None:
     assert halfway.is_marked_or_whole()
 
 
+@pytest.mark.fault(Fault.QEMU_KILLED_IN_THE_DATA)
 def test_qemu_gone(halfway: Halfway) -> None:
     """The marks were stored before the first write, so they are there whatever became of the bitmaps."""
 
@@ -192,6 +196,7 @@ def test_qemu_gone(halfway: Halfway) -> None:
     halfway.completes("full")
 
 
+@pytest.mark.fault(Fault.REPOSITORY_FAILS)
 def test_the_repository_gone(halfway: Halfway) -> None:
     load = DiskSource.load
 
@@ -207,6 +212,7 @@ def test_the_repository_gone(halfway: Halfway) -> None:
     halfway.completes()
 
 
+@pytest.mark.fault(Fault.REPOSITORY_FAILS)
 def test_a_restore_that_wrote_nothing_leaves_no_mark(halfway: Halfway) -> None:
     with (
         mock.patch("pullback.engine.in_place.changed_spans", side_effect=RepositoryError("no")),
@@ -218,6 +224,7 @@ def test_a_restore_that_wrote_nothing_leaves_no_mark(halfway: Halfway) -> None:
     halfway.completes()
 
 
+@pytest.mark.fault(Fault.KILLED_IN_PLACE)
 def test_killed_while_it_writes_into_a_waiting_domain(halfway: Halfway, bare_qemu: Callable[..., BareQemu]) -> None:
     """What it left in QEMU is cleared, and the mark is there also after QEMU ended in order."""
     waiting = bare_qemu(halfway.disks, name="lab", extra_args=["-incoming", "defer"])

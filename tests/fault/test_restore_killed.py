@@ -29,6 +29,7 @@ from tests.support import dying
 from tests.support.backups import open_repository
 from tests.support.product import forked, mounted_tmpfs
 from tests.support.restoring import KIB, MIB, Kept, data_bytes, some_disk
+from tests.support.survival import Fault, survives
 
 
 @pytest.fixture(autouse=True)
@@ -109,18 +110,22 @@ def test_killed_anywhere_it_goes_on(kept: Kept, backup: str, lab_dir: Path, imag
         assert count
         for at in range(1, count + 1, max(count // 3, 1)):
             for after in (False, True):
-                to = lab_dir / f"{name}-{at}-{after}"
-                died = dies(kept, backup, to, dying.at_call(owner, name, at, after), image_format)
-                # Threads may pass one another, so that a call is not seen to return as the so-and-so-many-th.
-                assert died or after or at > count // 2
-                if all((to / f"{disk}.{image_format}").exists() for disk in kept.disks[backup]) and name == "forget":
-                    # All have their names; at most a state file is left of one, which is in nobody's way.
-                    assert not list(to.glob("*.partial"))
-                    for left in to.glob("*.json"):
-                        left.unlink()
-                else:
-                    went_on += goes_on_to_its_end(kept, backup, to, image_format)
-                kept.judge(backup, to, image_format)
+                with survives(Fault.KILLED_IN_A_RESTORE):
+                    to = lab_dir / f"{name}-{at}-{after}"
+                    died = dies(kept, backup, to, dying.at_call(owner, name, at, after), image_format)
+                    # Threads may pass one another, so that a call is not seen to return as the so-and-so-many-th.
+                    assert died or after or at > count // 2
+                    if (
+                        all((to / f"{disk}.{image_format}").exists() for disk in kept.disks[backup])
+                        and name == "forget"
+                    ):
+                        # All have their names; at most a state file is left of one, which is in nobody's way.
+                        assert not list(to.glob("*.partial"))
+                        for left in to.glob("*.json"):
+                            left.unlink()
+                    else:
+                        went_on += goes_on_to_its_end(kept, backup, to, image_format)
+                    kept.judge(backup, to, image_format)
     assert went_on > 10
 
 
@@ -135,9 +140,10 @@ def test_killed_again_and_again_it_comes_to_an_end(kept: Kept, backup: str, lab_
     to = lab_dir / "to"
     lives = [0]
     while dies(kept, backup, to, dying.at_call(Target, "_save_state", 5, after=True), "qcow2"):
-        lives.append(durable_bytes(to))
-        assert lives == sorted(lives)
-        assert len(lives) < 20
+        with survives(Fault.KILLED_IN_A_RESTORE):
+            lives.append(durable_bytes(to))
+            assert lives == sorted(lives)
+            assert len(lives) < 20
     assert len(lives) >= 2
     kept.judge(backup, to)
 
@@ -175,6 +181,7 @@ def nth_time(owner: Any, name: str, count: int, do: Callable[..., None]) -> Any:
     return mock.patch.object(owner, name, hit)
 
 
+@pytest.mark.fault(Fault.QEMU_KILLED_IN_THE_DATA)
 def test_qemu_gone(kept: Kept, backup: str, lab_dir: Path) -> None:
     daemons: list[StorageDaemon] = []
     enter = StorageDaemon.__enter__
@@ -192,6 +199,7 @@ def test_qemu_gone(kept: Kept, backup: str, lab_dir: Path) -> None:
     goes_on(kept, backup, lab_dir / "to")
 
 
+@pytest.mark.fault(Fault.REPOSITORY_FAILS)
 def test_the_repository_gone(kept: Kept, backup: str, lab_dir: Path) -> None:
     load = LocalStore.load
     left = calls_of(kept, backup, lab_dir / "counted", LocalStore, "load") - 3
@@ -208,6 +216,7 @@ def test_the_repository_gone(kept: Kept, backup: str, lab_dir: Path) -> None:
     goes_on(kept, backup, lab_dir / "to")
 
 
+@pytest.mark.fault(Fault.TARGET_FULL)
 def test_a_full_disk(kept: Kept, lab_dir: Path) -> None:
     backup = kept.store({"vda": some_disk(12 * MIB, 3), "vdb": some_disk(8 * MIB, 4)})
     try:
@@ -248,6 +257,7 @@ def test_only_the_same_work_goes_on(kept: Kept, backup: str, lab_dir: Path) -> N
     kept.judge(other, to)
 
 
+@pytest.mark.fault(Fault.KILLED_IN_A_RESTORE)
 def test_another_file_in_its_place_is_not_gone_on_with(kept: Kept, backup: str, lab_dir: Path) -> None:
     to = lab_dir / "to"
     stopped(kept, backup, to)
@@ -265,6 +275,7 @@ def test_another_file_in_its_place_is_not_gone_on_with(kept: Kept, backup: str, 
     kept.judge(backup, to)
 
 
+@pytest.mark.fault(Fault.KILLED_IN_A_RESTORE)
 def test_a_damaged_partial_image_is_made_anew(kept: Kept, backup: str, lab_dir: Path) -> None:
     to = lab_dir / "to"
     stopped(kept, backup, to)
@@ -277,6 +288,7 @@ def test_a_damaged_partial_image_is_made_anew(kept: Kept, backup: str, lab_dir: 
     kept.judge(backup, to)
 
 
+@pytest.mark.fault(Fault.KILLED_IN_A_RESTORE)
 def test_an_image_that_was_used_after_the_kill_is_not_taken_for_ours(kept: Kept, backup: str, lab_dir: Path) -> None:
     """Killed between the names of two disks: the first one may have been booted by now."""
     to = lab_dir / "to"

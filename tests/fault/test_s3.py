@@ -25,6 +25,7 @@ from tests.support.backups import read_disk, store_backup
 from tests.support.product import KIB, MIB, leftovers, references, same
 from tests.support.restic import needs_restic
 from tests.support.s3 import S3Stage
+from tests.support.survival import Fault
 
 pytestmark = needs_restic
 
@@ -69,6 +70,7 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "_FIRST_PAUSE", timedelta(milliseconds=10))
 
 
+@pytest.mark.fault(Fault.STORE_ERROR)
 @pytest.mark.parametrize("deed", PASSING.values(), ids=PASSING)
 @pytest.mark.usefixtures("brisk")
 def test_a_backup_survives_what_passes(stage: S3Stage, proxy: FaultProxy, deed: Deed) -> None:
@@ -98,6 +100,7 @@ def test_a_backup_survives_what_passes(stage: S3Stage, proxy: FaultProxy, deed: 
     stage.restic.check()
 
 
+@pytest.mark.fault(Fault.STORE_ERROR)
 def test_a_lost_answer_leaves_one_object(stage: S3Stage, proxy: FaultProxy) -> None:
     lost = proxy.fault(drop_answer, "PUT", "/data/", times=2)
     repository = stage.open()
@@ -109,6 +112,7 @@ def test_a_lost_answer_leaves_one_object(stage: S3Stage, proxy: FaultProxy) -> N
     stage.restic.check()
 
 
+@pytest.mark.fault(Fault.STORE_SLOW)
 def test_a_store_that_is_away_for_a_while(stage: S3Stage, proxy: FaultProxy) -> None:
     """Longer than obstore's own pauses would last, and than a gateway takes to start."""
     repository = stage.open()
@@ -120,6 +124,7 @@ def test_a_store_that_is_away_for_a_while(stage: S3Stage, proxy: FaultProxy) -> 
     stage.restic.check()
 
 
+@pytest.mark.fault(Fault.STORE_ERROR)
 def test_the_product_survives_faults_all_along(stage: S3Stage, proxy: FaultProxy, bare_qemu: Start) -> None:
     qemu = bare_qemu([stage.disk("vda", 48 * MIB)], running=True)
     qemu.device_write("vda", 0, 40 * MIB, os.urandom(40 * MIB))
@@ -145,6 +150,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "_PATIENCE", timedelta(seconds=1))
 
 
+@pytest.mark.fault(Fault.STORE_ERROR)
 @pytest.mark.parametrize(
     ("path", "deed", "words"),
     [
@@ -182,6 +188,7 @@ def test_a_failure_that_stays_costs_this_backup_only(
     same(stage.contents(again.id), state)
 
 
+@pytest.mark.fault(Fault.KILLED_AT_A_STORE_CALL)
 def test_killed_while_it_uploads(stage: S3Stage, proxy: FaultProxy, bare_qemu: Start) -> None:
     qemu = bare_qemu([stage.disk("vda", MIB)], running=True)
     qemu.device_write("vda", 0, MIB, os.urandom(MIB))
@@ -208,6 +215,7 @@ def test_killed_while_it_uploads(stage: S3Stage, proxy: FaultProxy, bare_qemu: S
 # -- a store that lies -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(Fault.STORE_ERROR)
 @pytest.mark.parametrize("deed", [flip, shorten, VANISHED], ids=["flipped", "shortened", "vanished"])
 @pytest.mark.parametrize("kind", [FileKind.DATA, FileKind.INDEX, FileKind.SNAPSHOTS, FileKind.CONFIG, FileKind.KEYS])
 def test_a_lie_is_caught_and_the_file_is_named(stage: S3Stage, proxy: FaultProxy, kind: FileKind, deed: Deed) -> None:
@@ -223,6 +231,7 @@ def test_a_lie_is_caught_and_the_file_is_named(stage: S3Stage, proxy: FaultProxy
     assert kind is FileKind.CONFIG or any(name in str(caught.value) for name in names)
 
 
+@pytest.mark.fault(Fault.STORE_ERROR)
 def test_a_part_that_is_too_short_is_told_by_its_length(stage: S3Stage, proxy: FaultProxy) -> None:
     store, data = stage.open().store, os.urandom(MIB)
     name = hashlib.sha256(data).hexdigest()
@@ -233,6 +242,7 @@ def test_a_part_that_is_too_short_is_told_by_its_length(stage: S3Stage, proxy: F
     assert store.load(FileKind.DATA, name, 10, 1000) == data[10:1010]
 
 
+@pytest.mark.fault(Fault.STORE_ERROR)
 @pytest.mark.parametrize("kind", [FileKind.DATA, FileKind.INDEX, FileKind.SNAPSHOTS, FileKind.CONFIG, FileKind.KEYS])
 def test_an_answer_that_breaks_off_is_asked_for_again(stage: S3Stage, proxy: FaultProxy, kind: FileKind) -> None:
     repository, disk = stage.open(), os.urandom(MIB)
@@ -289,6 +299,7 @@ def test_a_wrong_place_or_account_is_told_at_once(
     assert time.monotonic() - begun < 20
 
 
+@pytest.mark.fault(Fault.STORE_ERROR)
 @pytest.mark.parametrize(
     ("deed", "kind", "words"),
     [

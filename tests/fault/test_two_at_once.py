@@ -23,11 +23,13 @@ from pullback.qemu.monitor import Peer
 from pullback.repository.local_store import LocalStore
 from tests.support.backups import MOMENT, new_repository, open_repository, store_backup
 from tests.support.product import MIB, Done, Stage, forked, leftovers, references, same
+from tests.support.survival import Fault
 
 Start = Callable[..., BareQemu]
 ME = Peer(os.getpid(), os.geteuid(), os.getegid())
 
 
+@pytest.mark.fault(Fault.TWO_AT_ONCE)
 def test_two_backups_of_one_domain(lab_dir: Path, bare_qemu: Start) -> None:
     """Over two monitors of one QEMU: it is the domain that is held, not the socket."""
     stage = Stage(lab_dir)
@@ -51,6 +53,7 @@ def test_two_backups_of_one_domain(lab_dir: Path, bare_qemu: Start) -> None:
     assert leftovers(qemu, stage.scratch) == []
 
 
+@pytest.mark.fault(Fault.TWO_AT_ONCE)
 def test_two_domains_into_one_repository_at_once(lab_dir: Path, bare_qemu: Start) -> None:
     stage = Stage(lab_dir)
     one = bare_qemu([stage.disk("a", 4 * MIB)], running=True, name="one")
@@ -117,6 +120,7 @@ def stored(lab_dir: Path) -> Path:
     return lab_dir / "repo"
 
 
+@pytest.mark.fault(Fault.TWO_AT_ONCE)
 def test_two_restores_into_one_directory(lab_dir: Path, stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = RestoreRequest("latest", lab_dir / "to")
     load = LocalStore.load
@@ -139,6 +143,7 @@ def test_two_restores_into_one_directory(lab_dir: Path, stored: Path, monkeypatc
     assert done.disks[0].bytes_written == 4 * MIB
 
 
+@pytest.mark.fault(Fault.TWO_AT_ONCE)
 def test_a_restore_that_died_disturbs_nobody(lab_dir: Path, stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pullback.engine.restore.DEFAULT_BASE", str(lab_dir / "work"))
     (lab_dir / "work").mkdir()
