@@ -448,8 +448,8 @@ def test_an_incremental_backup_looks_at_no_pack_that_it_does_not_need(
     monkeypatch.setattr(LocalStore, "list", note_list)
     monkeypatch.setattr(LocalStore, "load", note_load)
     # Nothing of the first is stored yet; of the second the chunk of zeroes is.
-    for data, looks in ((os.urandom(256 * KIB), 0), (bytes(256 * KIB), 1)):
-        losing.qemu.device_write("vda", 512 * KIB, 256 * KIB, data)
+    for place, data, looks in ((512 * KIB, os.urandom(256 * KIB), 0), (0, bytes(256 * KIB), 1)):
+        losing.qemu.device_write("vda", place, 256 * KIB, data)
         losing.backup()
         assert FileKind.DATA not in listed
         assert len(looked) == looks

@@ -99,7 +99,7 @@ async def _distrusted(
     reason = judge_last(window.read(span.offset - start, span.length), blob)
     if not reason:
         return None
-    storing.distrust(part.target, reason)
+    await asyncio.to_thread(storing.distrust, part.target, reason)
     disk.forget()
     return replace(part, edges=None)
 

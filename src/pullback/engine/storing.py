@@ -37,6 +37,10 @@ from pullback.repository.writer import PackWriter
 TAG = "pullback"
 #: A further thread is worth its packs for every so many bytes to read.
 _BYTES_PER_THREAD = 64 * MIB
+#: Lost packs that a message names.
+_NAMED = 3
+
+REBUILD_INDEX = "restic rebuild-index (from restic 0.16 on: restic repair index)"
 
 
 def stored_points(repository: Repository, domain: str, emit: Emit) -> Iterator[StoredPoint]:
@@ -55,6 +59,18 @@ def stored_points(repository: Repository, domain: str, emit: Emit) -> Iterator[S
             emit(Note(f"Passing over backup {snapshot.short_id} as a base, it cannot be read: {error.what}."))
             continue
         yield StoredPoint(snapshot.id, manifest)
+
+
+def lost_packs_told(packs: Sequence[str], *, partly: bool) -> str:
+    """What to say of lost packs after a backup that was read whole, or ``partly`` not."""
+    named = ", ".join(f"data/{pack}" for pack in packs[:_NAMED])
+    more = f" and {len(packs) - _NAMED} more" if len(packs) > _NAMED else ""
+    rest = " What did not change may be lost with them: run the backup with --full." if partly else ""
+    return (
+        f"The repository has lost pack files that its index names, or parts of them: {named}{more}. What was read now"
+        f" is stored again.{rest} Which backups they touch tells pullback verify --all. Run {REBUILD_INDEX}, so that"
+        " restic knows, too."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +176,14 @@ class Storing:
     def _begin(self, threads: int) -> BackupBuilder:
         # What a full backup reads may be in the repository already; only the index tells.
         self._repository.load_index()
+        self._look_for_lost_packs()
         self._writers = [self._repository.new_writer() for _ in range(max(1, min(self._threads, threads)))]
         return BackupBuilder(self._repository, self._writers[0], self._prepared.name, self._frozen().time)
+
+    def _look_for_lost_packs(self) -> None:
+        # A full backup is what mends a repository.  An incremental one must not cost what the repository holds.
+        if any(isinstance(base, Full) for base in self._prepared.bases.values()):
+            self._repository.look_for_lost_packs()
 
     # -- pull -----------------------------------------------------------------------------------------------------
 
@@ -201,6 +223,8 @@ class Storing:
     def distrust(self, target: str, reason: str) -> None:
         """Do not build on a disk's base after all: it is read whole."""
         self._prepared.bases[target] = Full(reason)
+        if self._builder is not None:
+            self._look_for_lost_packs()
         self._emit(Note(f"Reading {target} whole after all: {reason}."))
 
     # -- push -----------------------------------------------------------------------------------------------------
@@ -259,7 +283,8 @@ class Storing:
             raise Damaged(
                 f"the backup cannot be read back: {error.what}",
                 means="No backup was stored. Earlier ones may share what is damaged.",
-                todo="See what pullback verify --all --data says. Then run pullback prune, which removes what was just"
+                todo="See what pullback verify --all --data says. Where packs are missing or too short, run"
+                f" {REBUILD_INDEX}, then the backup with --full. Else run pullback prune, which removes what was just"
                 " written, and back up again.",
             ) from error
 
@@ -288,6 +313,7 @@ class Storing:
         for writer in self._writers:
             writer.flush()
         self._repository.save_index()
+        self._tell_lost_packs()
         parents = [stored.snapshot for stored in self._stored.values()]
         parent = max(parents, key=lambda snapshot: snapshot.time, default=None)
         self._unsaved = (
@@ -302,6 +328,11 @@ class Storing:
                 program_version=f"pullback {pullback.__version__}",
             ),
         )
+
+    def _tell_lost_packs(self) -> None:
+        if lost := sorted(pack.hex() for pack in self._repository.lost_packs):
+            partly = any(isinstance(base, Incremental) for base in self._prepared.bases.values())
+            self._emit(Note(lost_packs_told(lost, partly=partly)))
 
     def abandon(self) -> None:
         """Give up what is not stored; no thread is at work any more."""

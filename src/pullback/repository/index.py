@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from pullback.repository.blob import MAX_BLOB, BlobId, BlobKind, BlobLocation, PackId
 from pullback.repository.crypto import OVERHEAD
 from pullback.repository.index_cache import CacheBroken, IndexCache
-from pullback.repository.pack import PackedBlob
+from pullback.repository.pack import EMPTY_PACK, PackedBlob, add_entries
 
 # One index file holds at most this many blobs, which keeps it near restic's 8 MiB.
 MAX_INDEX_BLOBS = 50_000
@@ -109,6 +109,7 @@ class Index:
     def clear(self) -> None:
         """Know nothing."""
         self.cached = None
+        self.lost: frozenset[PackId] = frozenset()
         self._packs: list[PackId] = []
         self._pack_numbers: dict[PackId, int] = {}
         self._tables = {kind: _Table(self._packs) for kind in BlobKind}
@@ -147,6 +148,24 @@ class Index:
         """The packs that hold anything known."""
         cached = self.cached
         return frozenset(self._pack_numbers).union(() if cached is None else cached.packs())
+
+    def lose(self, packs: Iterable[PackId]) -> None:
+        """These packs are not there, or are cut off: what only they hold is not stored, wherever it is looked up."""
+        with self._lock:
+            self.lost = self.lost.union(packs)
+
+    def pack_sizes(self) -> dict[PackId, int]:
+        """How many bytes each known pack file must have."""
+        nothing: dict[PackId, int] = {}
+        sizes = self._ask(lambda cached: cached.pack_sizes(), nothing)
+        with self._lock:
+            mine = [EMPTY_PACK] * len(self._packs)
+            for table in self._tables.values():
+                add_entries(mine, table.numbers[0::4], table.numbers[2::4], table.numbers[3::4])
+            # A pack in both is in two index files, each of which names all of its blobs.
+            for pack, size in zip(self._packs, mine, strict=True):
+                sizes[pack] = max(size, sizes.get(pack, 0))
+        return sizes
 
     def add_pack(self, pack: PackId, blobs: Iterable[PackedBlob]) -> None:
         """Enter the blobs of a pack; what is known of it already (from another index file) is not entered twice."""
@@ -199,7 +218,9 @@ class Index:
         return BlobLocation(table.packs[pack], kind, offset, length, plain & ~_COMPRESSED, bool(plain & _COMPRESSED))
 
     def has(self, kind: BlobKind, blob: BlobId) -> bool:
-        """Whether the blob is known."""
+        """Whether the blob is known, and not only in packs that are lost."""
+        if self.lost:
+            return any(place.pack_id not in self.lost for place in self.lookup_all(kind, blob))
         return self._ask(lambda cached: cached.has(kind, blob), False) or (
             next(self._tables[kind].find(blob), None) is not None
         )

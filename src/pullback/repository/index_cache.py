@@ -36,6 +36,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algori
 
 from pullback.repository.blob import BlobId, BlobKind, BlobLocation, PackId
 from pullback.repository.crypto import Key
+from pullback.repository.pack import EMPTY_PACK, add_entries
 
 COMPRESSED = 1 << 31
 RECORD = struct.Struct("=16s4I")
@@ -49,6 +50,8 @@ ID = 32
 # caches holds, 1 second in all in place of 0.1 ms for each (measured).
 _MANY = 1024
 _PIECE = 1 << 20
+# So many buckets are looked through at a time: some hundred KiB.
+_BUCKETS = 1024
 
 _numbers = struct.Struct("=4I").unpack_from
 _fraction = struct.Struct(">Q").unpack_from
@@ -177,6 +180,16 @@ class IndexCache:
             if zlib.crc32(contents[-1], self.salt ^ number) != CRC.unpack_from(whole, position - CRC.size)[0]:
                 raise CacheBroken(f"bucket {number} is wrong")
         return contents
+
+    def pack_sizes(self) -> dict[PackId, int]:
+        """How many bytes each pack file must have; reads the whole file (0.2 s for a million blobs)."""
+        sizes = [EMPTY_PACK] * (len(self.pack_table) // ID)
+        for first in range(0, self.buckets, _BUCKETS):
+            numbers = array("I", b"".join(self.bucket_contents(first, min(first + _BUCKETS, self.buckets))))
+            step = RECORD.size // numbers.itemsize
+            pack, _, length, plain = range(PSEUDONYM // numbers.itemsize, step)
+            add_entries(sizes, numbers[pack::step], numbers[length::step], numbers[plain::step])
+        return dict(zip(self.packs(), sizes, strict=True))
 
     def _find(self, pseudonym: bytes) -> Iterator[tuple[int, int, int, int]]:
         (fraction,) = _fraction(pseudonym)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, MutableSequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +32,9 @@ _PLAIN = struct.Struct("<BI32s")
 _COMPRESSED = struct.Struct("<BII32s")
 _LENGTH = struct.Struct("<I")
 _COMPRESSED_BIT = 2
+
+#: Bytes of a pack without blobs.
+EMPTY_PACK = OVERHEAD + _LENGTH.size
 
 
 class PackBroken(Exception):
@@ -58,6 +61,18 @@ class Pack:
     id: PackId
     content: memoryview
     blobs: tuple[PackedBlob, ...]
+
+
+def add_entries(
+    sizes: MutableSequence[int], packs: Iterable[int], lengths: Iterable[int], plains: Iterable[int]
+) -> None:
+    """Add blobs to the sizes of their packs, counted by number: sealed length, and the entry in the header.
+
+    `plains` are plain lengths with the top bit set where the blob is compressed.  All in one go: there are millions.
+    """
+    plain, more = _PLAIN.size, _COMPRESSED.size - _PLAIN.size
+    for pack, length, stated in zip(packs, lengths, plains, strict=True):
+        sizes[pack] += length + plain + (more if stated >> 31 else 0)
 
 
 class PackBuilder:

@@ -42,6 +42,7 @@ from pullback.repository.local_store import LocalStore
 from pullback.repository.locks import RepositoryLock, current_account
 from pullback.repository.pack import PackedBlob, parse_pack
 from pullback.repository.polynomial import random_polynomial
+from pullback.repository.presence import PackPresence
 from pullback.repository.snapshots import Snapshot, SnapshotBroken, SnapshotFiles, decode_snapshot, encode_snapshot
 from pullback.repository.store import Bytes, FileKind, Store
 from pullback.repository.tree import Tree, TreeBroken, decode_tree, go_time
@@ -67,7 +68,8 @@ class Repository:
         self._index_loader = IndexLoader(self.store, key, repository_id, cache, self._renew_index)
         self._index_loaded = False
         self._index_lock = threading.Lock()
-        self._pending = PendingIndex(self._index, self._save_packs)
+        self._presence = PackPresence(self.store, self._index)
+        self._pending = PendingIndex(self._index, self._presence, self._save_packs)
         self._loader = BlobLoader(self.store, key, self.load_index)
         self._lock: RepositoryLock | None = None
 
@@ -159,6 +161,19 @@ class Repository:
                 self._index.adopt(self._index_loader.load())
                 self._index_loaded = True
             return self._index
+
+    def look_for_lost_packs(self) -> None:
+        """List all packs: blobs of those that are missing or too short count as not stored from now on.
+
+        Without it a writer looks at packs one by one, as it meets blobs that should be in them.
+        """
+        self.load_index()
+        self._presence.list_all()
+
+    @property
+    def lost_packs(self) -> frozenset[PackId]:
+        """Packs that the index names and that were seen to be missing or too short."""
+        return self._index.lost
 
     def _renew_index(self, broken: IndexCache) -> None:
         with self._index_lock:

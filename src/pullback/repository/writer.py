@@ -17,6 +17,7 @@ from pullback.repository.blob import BlobId, BlobKind, PackId, blob_id
 from pullback.repository.crypto import Key
 from pullback.repository.index import MAX_INDEX_BLOBS, Index
 from pullback.repository.pack import Pack, PackBuilder, PackedBlob
+from pullback.repository.presence import PackPresence
 from pullback.repository.store import Bytes, FileKind, Store
 
 # zstd's fastest regular level: the line is bound by it already (0.4 GB/s and core on text).
@@ -32,8 +33,9 @@ class PendingIndex:
     bounded and a crash leaves little behind that prune cannot attribute.
     """
 
-    def __init__(self, index: Index, save: Callable[[_Packs], None]) -> None:
+    def __init__(self, index: Index, presence: PackPresence, save: Callable[[_Packs], None]) -> None:
         self._index = index
+        self._presence = presence
         self._save = save
         self._lock = threading.Lock()
         self._in_flight: set[tuple[BlobKind, BlobId]] = set()
@@ -48,9 +50,14 @@ class PendingIndex:
             self._in_flight.clear()
             self._packs, self._count = {}, 0
             self._index.clear()
+            self._presence.reset()
 
     def claim(self, kind: BlobKind, blob: BlobId) -> bool:
-        """Whether the caller is the one to store this blob; False if it is known, or another thread has it."""
+        """Whether the caller is the one to store this blob; False if it is known, or another thread has it.
+
+        Raises RepositoryError when the store cannot tell whether the pack that should hold it is there.
+        """
+        self._presence.look_at(kind, blob)
         with self._lock:
             if (kind, blob) in self._in_flight or self._index.has(kind, blob):
                 return False
@@ -72,6 +79,7 @@ class PendingIndex:
         """Enter a pack that is durably stored; may write an index file."""
         full: _Packs = {}
         with self._lock:
+            self._presence.stored(pack.id)
             self._index.add_pack(pack.id, pack.blobs)
             self._in_flight.difference_update((blob.kind, blob.id) for blob in pack.blobs)
             self._packs[pack.id] = pack.blobs
