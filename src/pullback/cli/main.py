@@ -11,7 +11,18 @@ from typing import Annotated, Any
 import typer
 
 import pullback
-from pullback.cli import backups, checkpoints, domains, exports, repositories, restoring, serving, snapshots, verifying
+from pullback.cli import (
+    backups,
+    booting,
+    checkpoints,
+    domains,
+    exports,
+    repositories,
+    restoring,
+    serving,
+    snapshots,
+    verifying,
+)
 from pullback.cli.interrupts import EXIT_INTERRUPTED, Interrupted
 from pullback.cli.reporter import Reporter, silence
 from pullback.errors import PullbackError, RestoreError, UsageError
@@ -32,6 +43,7 @@ app.command("backup", cls=backups.BackupCommand)(backups.backup)
 app.command("list")(backups.list_backups)
 app.command("restore")(restoring.restore)
 app.command("serve")(serving.serve)
+app.command("boot")(booting.boot)
 app.command("recover")(domains.recover)
 app.command("show")(verifying.show)
 app.command("verify")(verifying.verify)
