@@ -169,6 +169,8 @@ def every_command(stage: Stage, lab_dir: Path) -> Iterator[tuple[str, Done]]:
     yield "list", stage.cli("list", "--json")
     yield "restore", stage.cli("restore", "web@latest", "--to", stage.place / "out", "--json")
     yield "restore", stage.cli("restore", "web@latest", "--instant", "--to", lab_dir / "now", "--json")
+    ends = ("-accel", "tcg", "-m", "64M", "-no-reboot", "-boot", "reboot-timeout=1")
+    yield "boot", stage.cli("boot", "web@latest", "--disk", "vda", "--json", "--", *ends)
     yield "restore", stage.cli("restore", "web@latest", "--into", f"disk:{disks[0].path}", "--disk", "vda", "--json")
     with serving(stage, "web@latest") as server:
         yield "serve", server.end()

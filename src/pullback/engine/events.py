@@ -88,6 +88,34 @@ class Overlays(Event):
     images: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Booted(Event):
+    """A backup runs as a domain: process ``pid``, with its monitor at ``qmp``.
+
+    ``serial`` is the socket of its first serial port, empty where that is elsewhere; ``accel`` is kvm, tcg, or empty
+    where the user said it; ``kept`` whether what it writes stays.
+    """
+
+    event: ClassVar[str] = "booted"
+    backup: str
+    images: tuple[str, ...]
+    pid: int
+    qmp: str
+    serial: str
+    accel: str
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed(Event):
+    """The images of a booted backup hold everything and stand alone, after so many seconds."""
+
+    event: ClassVar[str] = "streamed"
+    backup: str
+    images: tuple[str, ...]
+    seconds: float
+
+
 Emit = Callable[[Event], None]
 
 

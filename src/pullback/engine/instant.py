@@ -74,7 +74,7 @@ class Instant:
         begin = time.monotonic()
         request = self._request
         repository = await asyncio.to_thread(self._open)
-        backup, manifest = await asyncio.to_thread(self._find, repository)
+        backup, manifest = await asyncio.to_thread(find_backup, repository, request.backup, request.disks)
         with claimed(request.to, (), False):
             place = OverlayPlace(request.to, backup)
             overlays = place.overlays(manifest.disks, request.disks)
@@ -82,12 +82,6 @@ class Instant:
             await self._fill(repository, backup, place, overlays)
             await asyncio.to_thread(place.finish, overlays)
         return InstantResult(backup, manifest, tuple(str(one.path) for one in overlays), time.monotonic() - begin)
-
-    def _find(self, repository: Repository) -> tuple[str, Manifest]:
-        snapshot = repository.find(self._request.backup)
-        manifest = parse_manifest(StoredBackup(repository, snapshot).manifest_bytes())
-        choose_disks(manifest, self._request.disks)
-        return snapshot.id, manifest
 
     async def _fill(
         self, repository: Repository, backup: str, place: OverlayPlace, overlays: Sequence[Overlay]
@@ -129,3 +123,11 @@ class Instant:
             self._ready.set()
         else:
             self._emit(event)
+
+
+def find_backup(repository: Repository, name: str, disks: Sequence[str]) -> tuple[str, Manifest]:
+    """The id and the manifest of a backup; UsageError where it holds no such disk."""
+    snapshot = repository.find(name)
+    manifest = parse_manifest(StoredBackup(repository, snapshot).manifest_bytes())
+    choose_disks(manifest, disks)
+    return snapshot.id, manifest

@@ -5,10 +5,12 @@ DIR/vda.qcow2                     the image, which a domain may use at once
 DIR/.instant-0123456789ab/        of backup 0123456789ab…, until all its images stand alone
     vda.qcow2                     the same file: by this an image is known to be ours
     nbd                           where the backup is served, which the images' headers name
+DIR/.booted-0123456789ab          of a backup that was booted: which files its images are, once they stand alone
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Sequence
@@ -19,11 +21,11 @@ from pathlib import Path
 from pullback.engine.targets import sync_directory
 from pullback.errors import RestoreError, TargetExists, UsageError
 from pullback.model.manifest import DiskEntry
-from pullback.plan.instant import backing_file
+from pullback.plan.instant import RECONNECT, backing_file
 from pullback.plan.target import NOTHING_WRITTEN
 from pullback.qemu.storage_daemon import qemu_program
 
-_WORK, _DONE = ".instant-", ".done"
+_WORK, _DONE, _BOOTED = ".instant-", ".done", ".booted-"
 #: Bytes in a unix socket's path, without the final zero (unix(7)).
 _LONGEST_SOCKET = 107
 
@@ -53,11 +55,16 @@ class Overlay:
 
 
 class OverlayPlace:
-    """The directory of the images of one backup; its caller holds the directory's lock."""
+    """The directory of the images of one backup; its caller holds the directory's lock.
 
-    def __init__(self, directory: Path, backup: str) -> None:
+    For ``reconnect`` seconds a domain's requests wait for the backup to be served.
+    """
+
+    def __init__(self, directory: Path, backup: str, reconnect: int = RECONNECT) -> None:
         self._directory = directory.resolve()
+        self._reconnect = reconnect
         self.work = self._directory / f"{_WORK}{backup[:12]}"
+        self._booted = self._directory / f"{_BOOTED}{backup[:12]}"
         self.socket = str(self.work / "nbd")
 
     def overlays(self, disks: Sequence[DiskEntry], wanted: Sequence[str]) -> tuple[Overlay, ...]:
@@ -119,11 +126,28 @@ class OverlayPlace:
         if not one.ours.exists():
             new = one.ours.with_suffix(".new")
             new.unlink(missing_ok=True)
-            _create(new, backing_file(self.socket, one.target), one.size)
+            _create(new, backing_file(self.socket, one.target, self._reconnect), one.size)
             new.rename(one.ours)
             sync_directory(self.work)
         if not one.path.exists():
             os.link(one.ours, one.path)
+
+    def were_booted(self, overlays: Sequence[Overlay]) -> bool:
+        """Whether these are images of a boot before, and stand alone."""
+        try:
+            files = json.loads(self._booted.read_bytes())
+            return all(files.get(one.path.name) == one.path.stat().st_ino and one.stands_alone for one in overlays)
+        except (OSError, ValueError, AttributeError):
+            return False
+
+    def remember(self, overlays: Sequence[Overlay]) -> None:
+        """Note which files the images are, so that they can be booted again; RestoreError where that cannot be kept."""
+        try:
+            self._booted.write_text(json.dumps({one.path.name: one.path.stat().st_ino for one in overlays}))
+        except OSError as error:
+            raise RestoreError(
+                f"cannot write {self._booted}: {error.strerror}", means="The images are whole."
+            ) from error
 
     def finish(self, overlays: Sequence[Overlay]) -> None:
         """Let go of images that stand alone; from here on they are as any other image."""

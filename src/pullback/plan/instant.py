@@ -32,10 +32,10 @@ class Act(Enum):
     WAIT = "wait"
 
 
-def backing_file(socket: str, export: str) -> str:
+def backing_file(socket: str, export: str, reconnect: int = RECONNECT) -> str:
     """The backing file of an image whose backup is served at ``socket``: QEMU looks for the server again and again."""
     server = {"type": "unix", "path": socket}
-    remote = {"driver": "nbd", "server": server, "export": export, "reconnect-delay": RECONNECT, "open-timeout": OPEN}
+    remote = {"driver": "nbd", "server": server, "export": export, "reconnect-delay": reconnect, "open-timeout": OPEN}
     return "json:" + json.dumps({"driver": "raw", "file": remote})
 
 

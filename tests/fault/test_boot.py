@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pullback boot`` with a real QEMU and no operating system: kept and thrown away, and everything in it dying."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lab import images
+from lab.monitor import Monitor, QmpError
+from lab.processes import wait_for
+from tests.support.backups import open_repository
+from tests.support.product import MIB, Stage
+from tests.support.serving import Server, random_disk, store_models
+
+SIZE = 48 * MIB
+MODEL = random_disk(SIZE, seed=31)
+FIRMWARE_ONLY = ("-accel", "tcg", "-m", "64M", "-smp", "1")
+#: The firmware finds nothing to boot, and QEMU ends.
+ENDS_BY_ITSELF = (*FIRMWARE_ONLY, "-no-reboot", "-boot", "reboot-timeout=1")
+
+
+def lives(pid: int) -> bool:
+    """Whether a QEMU of this number runs."""
+    try:
+        name, state = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rsplit(") ", 1)
+    except FileNotFoundError:
+        return False
+    return name.startswith("qemu") and state[0] != "Z"
+
+
+class World:
+    """A stored backup, a directory for images that are kept, and one for those that are not."""
+
+    def __init__(self, stage: Stage, place: Path) -> None:
+        self.stage = stage
+        self.backup = store_models(open_repository(stage.repo), {"vda": MODEL})
+        self.to = place / "out"
+        self.work = place / "work"
+        self.work.mkdir()
+        self.image = self.to / "vda.qcow2"
+        self.written = bytearray(MODEL.data)
+        self._own = place / "own"
+        self._monitor: Monitor | None = None
+
+    @contextmanager
+    def booting(self, *, kept: bool = True) -> Iterator[Server]:
+        """The command, once the domain runs; no QEMU of it is left at the block's end."""
+        where = ("--to", self.to) if kept else ("--work", self.work)
+        own = ("-qmp", f"unix:{self._own},server=on,wait=off")
+        with self.stage.running("boot", self.backup, "--json", *where, "--", *FIRMWARE_ONLY, *own) as process:
+            server = Server(process)
+            try:
+                assert server.read("booted"), f"it ended: {server.lines} {process.communicate()}"
+                yield server
+            finally:
+                for event in server.events:
+                    if event["event"] == "booted" and lives(event["pid"]):
+                        os.kill(event["pid"], signal.SIGKILL)
+
+    def told(self, server: Server) -> dict[str, object]:
+        """The event that says what runs."""
+        return next(event for event in server.events if event["event"] == "booted")
+
+    @property
+    def qmp(self) -> Monitor:
+        """A monitor of the test's own."""
+        if self._monitor is None:
+            self._monitor = Monitor(self._own)
+        return self._monitor
+
+    def disconnect(self) -> None:
+        """Let go of a QEMU that has ended."""
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
+
+    def slow(self) -> None:
+        """Have the copying take long, once it began."""
+
+        def slowed() -> bool:
+            with contextlib.suppress(QmpError):
+                self.qmp.command("block-job-set-speed", {"device": "instant-0", "speed": MIB // 4})
+                return True
+            return False
+
+        wait_for(slowed, "the job that copies")
+
+    def hurry(self) -> None:
+        """Let it go again, if it still runs."""
+        with contextlib.suppress(QmpError):
+            self.qmp.command("block-job-set-speed", {"device": "instant-0", "speed": 0})
+
+    def status(self) -> str:
+        """The job's, or nothing."""
+        return next((job["status"] for job in self.qmp.command("query-jobs") if job["id"] == "instant-0"), "")
+
+    def write(self, offset: int, length: int, byte: int) -> None:
+        """Have the domain write, durably."""
+        for command in (f"write -P {byte} {offset} {length}", "flush"):
+            device = "/machine/peripheral/vda/virtio-backend"
+            self.qmp.command("human-monitor-command", {"command-line": f'qemu-io -d {device} "{command}"'})
+        self.written[offset : offset + length] = bytes([byte]) * length
+
+    def backup_of(self, server: Server) -> tuple[str, bytes]:
+        """How a backup of the domain that runs read its disk, and what it holds."""
+        done = self.stage.cli("backup", f"qmp:{self.told(server)['qmp']}", "--scratch", self.stage.scratch, "--json")
+        assert done.code == 0, done.out
+        backup = done.event("backup")
+        return backup["disks"][0]["mode"], self.stage.contents(backup["id"])["vda"]
+
+    def judge(self, *, alone: bool = True) -> None:
+        """Every byte is right, and nothing but the images is left."""
+        assert ("backing-filename" in images.info(self.image)) is not alone
+        if alone:
+            assert sorted(path.name for path in self.to.iterdir()) == [f".booted-{self.backup[:12]}", "vda.qcow2"]
+            assert images.raw_bytes(self.image) == bytes(self.written)
+
+
+@pytest.fixture
+def world(tmp_path: Path, lab_dir: Path) -> Iterator[World]:
+    made = World(Stage(tmp_path), lab_dir)
+    try:
+        yield made
+    finally:
+        made.disconnect()
+
+
+def test_what_is_kept_is_copied_backed_up_and_gone_on_with_when_the_command_is_killed(world: World) -> None:
+    with world.booting() as first:
+        world.slow()
+        world.write(512, 4096, 0xA1)
+        world.write(5 * MIB + 512, 192 << 10, 0xA2)
+        first.process.kill()
+        first.process.wait()
+        # Nothing is served: whole clusters need nothing of it.
+        world.write(9 * MIB, 64 << 10, 0xA3)
+        with world.booting() as again:
+            assert world.told(again)["pid"] == world.told(first)["pid"]
+            world.write(SIZE - 512, 512, 0xA4)
+            assert world.status() == "running"
+            # What it reads is copied by that, too.
+            assert world.backup_of(again) == ("full", bytes(world.written))
+            world.hurry()
+            assert again.read("streamed"), again.lines
+            world.write(MIB, 4096, 0xA5)
+            assert world.backup_of(again) == ("incremental", bytes(world.written))
+            os.kill(int(str(world.told(first)["pid"])), signal.SIGKILL)
+            assert again.process.wait(60) == 0
+            assert again.read("ended")
+            assert again.events[-1]["left"] == []
+    world.disconnect()
+    world.judge()
+    with world.booting() as alone:
+        world.write(2 * MIB, 4096, 0xA6)
+        done = alone.end(signal.SIGTERM)
+        assert done.code == 130
+        assert "boot it again" in done.event("error")["message"]
+        assert not lives(int(str(world.told(alone)["pid"])))
+    world.judge()
+
+
+def test_a_qemu_that_is_killed_is_told_and_started_again_and_the_rest_can_be_copied_without_one(world: World) -> None:
+    with world.booting() as first:
+        world.slow()
+        world.write(512, 4096, 0xB1)
+        os.kill(int(str(world.told(first)["pid"])), signal.SIGKILL)
+        assert first.process.wait(60) == 4
+        first.read("error")
+        assert "by SIGKILL" in first.events[-1]["message"]
+        assert "goes on" in first.events[-1]["message"]
+    world.disconnect()
+    with world.booting() as again:
+        world.slow()
+        world.write(5 * MIB + 512, 4096, 0xB2)
+        world.qmp.command("quit")
+        assert again.process.wait(60) == 0
+        assert again.read("ended")
+        assert again.events[-1]["left"] == ["vda"]
+    world.judge(alone=False)
+    done = world.stage.cli("restore", world.backup, "--instant", "--to", world.to)
+    assert done.code == 0, done.err
+    assert images.raw_bytes(world.image) == bytes(world.written)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_what_is_thrown_away_is_gone_however_it_ends(world: World, number: signal.Signals) -> None:
+    with world.booting(kept=False) as server:
+        world.write(512, 4096, 0xC1)
+        (directory,) = world.work.iterdir()
+        assert directory.stat().st_mode & 0o777 == 0o700
+        pid = int(str(world.told(server)["pid"]))
+        server.process.send_signal(number)
+        assert server.process.wait(60) == (-9 if number is signal.SIGKILL else 130)
+        wait_for(lambda: not lives(pid), "the end of QEMU", 60)
+    if number is signal.SIGKILL:
+        done = world.stage.cli("boot", world.backup, "--work", world.work, "--", *ENDS_BY_ITSELF)
+        assert done.code == 0, done.err
+        assert "thrown away" in done.out
+    assert not list(world.work.iterdir())
+
+
+def test_images_that_another_qemu_has_are_left_to_it(world: World) -> None:
+    with world.booting() as server:
+        world.slow()
+        world.write(512, 4096, 0xD1)
+        server.process.kill()
+        server.process.wait()
+        (world.to / "qmp").unlink()
+        done = world.stage.cli("boot", world.backup, "--to", world.to, "--", *FIRMWARE_ONLY)
+        assert done.code == 4
+        assert "lock" in done.err
+        assert lives(int(str(world.told(server)["pid"])))
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "said"),
+    [
+        (("--qemu", "qemu-system-none"), 2, "qemu-system-x86"),
+        (("--disk", "vdx"), 2, "no disk vdx"),
+        (("--work", "/nonexistent"), 2, "--work"),
+        (("--", "-accel", "tcg", "-nonsense"), 4, "-nonsense: invalid option"),
+    ],
+)
+def test_what_cannot_be_booted_is_said_in_words(world: World, given: tuple[str, ...], code: int, said: str) -> None:
+    where = () if "/nonexistent" in given else ("--work", world.work)
+    accel = () if "--" in given else ("--", "-accel", "tcg")
+    done = world.stage.cli("boot", world.backup, *where, *given, *accel)
+    assert (done.code, said in done.err) == (code, True), done
+    assert not list(world.work.iterdir())
