@@ -14,6 +14,7 @@
     │   ├── NbdProtocolError            7   the peer broke the protocol
     │   └── NbdDisconnected             7   the peer went away
     ├── ProofFailed                    16   what was stored is not what was frozen
+    ├── FilesError                     17   the file systems in a backup cannot be read
     ├── RestoreError                    9   the target of a restore cannot take it
     │   └── TargetExists                9
     └── RepositoryError                14   the repository's store failed
@@ -135,9 +136,24 @@ class NbdDisconnected(TransferError):
 
 
 class ProofFailed(PullbackError):
-    """A backup was read back and is not what was frozen; it was not stored."""
+    """A backup was read back and is not what was frozen; it was not stored.
+
+    ``lied`` are the targets of disks whose dirty bitmaps did not record writes.
+    """
 
     exit_code = 16
+
+    def __init__(
+        self, what: str, *, means: str | None = None, todo: str | None = None, lied: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(what, means=means, todo=todo)
+        self.lied = lied
+
+
+class FilesError(PullbackError):
+    """The file systems in a backup cannot be read, by libguestfs or at all; the backup is untouched."""
+
+    exit_code = 17
 
 
 class RestoreError(PullbackError):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from lab.qemu import BareQemu, qemu_version
 from pullback.engine import prove as engine_prove
+from pullback.engine.domain import DomainAddress, open_domain
 from pullback.engine.events import Event, Frozen
 from pullback.engine.prove import Proving
 from pullback.engine.pull import Pull
@@ -23,6 +25,7 @@ from pullback.plan.prove import Proved
 from pullback.repository.blob import BlobKind
 from pullback.repository.repository import Repository
 from pullback.repository.writer import PackWriter
+from tests.support.backups import new_repository
 from tests.support.product import KIB, MIB, Stage, chain, leftovers, references, run_state, same
 
 Start = Callable[..., BareQemu]
@@ -129,17 +132,51 @@ def test_a_bitmap_that_lied_is_found_and_said(
     assert "vdb" not in said
     assert "memory or storage" not in said
     assert stage.listed() == [first.id]
-    assert [chain(qemu, disk.id) for disk in qemu.disks] == before
+    # Nobody builds on that bitmap again; the other disk's told the truth.
+    assert [chain(qemu, disk.id) for disk in qemu.disks] == [{}, before[1]]
+    assert "The checkpoints of vda that backups had made were removed" in said
     assert run_state(qemu) == "running"
     assert leftovers(qemu, stage.scratch) == []
     state = references(qemu)
-    full = stage.backup(qemu, prove=how, full=True)
-    same(stage.contents(full.id), state)
+    next_one = stage.backup(qemu)
+    assert [disk.mode for disk in next_one.manifest.disks] == ["full", "incremental"]
+    assert "is not in this disk's chain" in next_one.manifest.disks[0].reason
+    same(stage.contents(next_one.id), state)
     qemu.device_write("vda", 0, 512, 0x13)
     state = references(qemu)
     last = stage.backup(qemu, prove=how)
     assert last.manifest.disks[0].mode == "incremental"
     same(stage.contents(last.id), state)
+
+
+def test_what_else_was_built_on_a_bitmap_that_lied(lab_dir: Path, bare_qemu: Start) -> None:
+    """Another repository's backups would be as wrong; a user's own checkpoint is not ours to remove."""
+    stage = Stage(lab_dir)
+    qemu = bare_qemu([stage.disk("vda", MIB)], running=True)
+    qemu.device_write("vda", 0, MIB, 0x11)
+    new_repository(other := lab_dir / "other")
+    first = stage.backup(qemu)
+    asyncio.run(name_a_point(qemu, "mine", str(stage.scratch)))
+    elsewhere = stage.backup(qemu, repo=other)
+    assert len(chain(qemu)) == 3
+    lie(qemu, "vda", (0, 512))
+    with pytest.raises(ProofFailed, match="Do not trust changes since mine, either") as raised:
+        stage.backup(qemu, prove="all")
+    assert raised.value.lied == ("vda",)
+    assert chain(qemu) == {"pullback-mine": True}
+    state = references(qemu)
+    for repo, before in ((stage.repo, first), (other, elsewhere)):
+        made = stage.backup(qemu, repo=repo)
+        assert made.manifest.disks[0].mode == "full"
+        assert f"checkpoint {before.manifest.disks[0].checkpoint} is not" in made.manifest.disks[0].reason
+        same(stage.contents(made.id, repo=repo), state)
+
+
+async def name_a_point(qemu: BareQemu, name: str, scratch: str) -> None:
+    """Leave a checkpoint of a user's behind."""
+    async with open_domain(DomainAddress(str(qemu.qmp_path))) as domain:
+        snapshot = await domain.create_snapshot(checkpoint=name, scratch=scratch)
+        await domain.end_snapshot(snapshot.id)
 
 
 def test_the_command_ends_with_its_own_exit_code(lab_dir: Path, bare_qemu: Start) -> None:

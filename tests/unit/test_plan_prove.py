@@ -16,6 +16,8 @@ from pullback.plan.prove import (
     Difference,
     Part,
     Proved,
+    chains_dropped,
+    chains_stay,
     claims_by_segment,
     parts_by_pack,
     plan_proof,
@@ -133,3 +135,16 @@ def test_an_error_says_that_there_may_be_more():
     many = [Difference("vda", Span(at * MIB, 512), True) for at in range(5)]
     assert "and at least 2 more ranges" in proof_failed(many, more=True).what
     assert "dirty bitmap" not in str(proof_failed(many, more=True))
+
+
+def test_an_error_says_what_became_of_the_checkpoints():
+    error = proof_failed([Difference("vda", Span(0, 512), False), Difference("vdb", Span(0, 512), True)], more=False)
+    assert error.lied == ("vda",)
+    dropped = chains_dropped(error, {"two", "one"})
+    assert (dropped.what, dropped.lied) == (error.what, error.lied)
+    assert dropped.means.endswith("checkpoints of vda that backups had made were removed: the next one reads it whole.")
+    assert "Do not trust changes since one, two, either" in dropped.todo
+    assert "Do not trust" not in str(chains_dropped(error, ()))
+    stay = chains_stay(error, "it is gone").means
+    assert "could not be removed (it is gone), so that an incremental backup may" in stay
+    assert proof_failed([Difference("vdb", Span(0, 512), True)], more=False).lied == ()

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta, timezone
 import pytest
 
 from pullback.model.chain import is_checkpoint_name
-from pullback.plan.retention import checkpoint_name, checkpoints_to_remove
+from pullback.plan.retention import checkpoint_name, checkpoints_to_remove, made_by_backups
 
 MINE, OTHER = "0123456789abcdef" * 4, "fedcba9876543210" * 4
 MOMENT = datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC)
@@ -51,3 +51,8 @@ def test_a_clock_that_was_set_back_costs_no_newest_checkpoint():
 def test_within_one_second_the_chain_tells_the_order():
     points = [checkpoint_name(MINE, MOMENT, salt) for salt in ("ffff", "0000", "8888")]
     assert checkpoints_to_remove(points, MINE, 1) == set(points[:2])
+
+
+def test_what_backups_made_is_told_from_what_users_named():
+    points = [own(0), own(1, OTHER), "nightly", f"{MINE[:8]}-mine", f"{own(1)}-x", f"x{own(2)}"]
+    assert made_by_backups(points) == {own(0), own(1, OTHER)}

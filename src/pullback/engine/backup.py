@@ -28,17 +28,18 @@ from pullback.engine.pushing import push_disks
 from pullback.engine.session import Tell, uncancelled
 from pullback.engine.storing import Prepared, Storing, stored_points
 from pullback.engine.workdir import DEFAULT_BASE, work_directory
-from pullback.errors import DomainBusy, DomainError, DomainUnreachable, NbdDisconnected
+from pullback.errors import DomainBusy, DomainError, DomainUnreachable, NbdDisconnected, ProofFailed
 from pullback.model.chain import read_chain
 from pullback.model.manifest import Manifest
 from pullback.model.snapshots import current_server
 from pullback.nbd.address import UnixAddress
 from pullback.plan.base import Incremental, choose_bases
+from pullback.plan.checkpoint import NodeChain
 from pullback.plan.in_place import refuse_unfinished
 from pullback.plan.method import FROZEN_VIEW_EXACT, Method
-from pullback.plan.prove import SAMPLE, Prove, Proved, refuse_pushed
+from pullback.plan.prove import SAMPLE, Prove, Proved, chains_dropped, chains_stay, refuse_pushed
 from pullback.plan.push import choose_transport
-from pullback.plan.retention import checkpoint_name, checkpoints_to_remove
+from pullback.plan.retention import checkpoint_name, checkpoints_to_remove, made_by_backups
 from pullback.plan.selection import select_disks
 from pullback.qemu.monitor import Trace
 from pullback.repository.layout import check_disk_name, check_name
@@ -86,7 +87,8 @@ async def run_backup(
 
     Raises DomainError, Refused, SnapshotBroken, TransferError, ProofFailed or RepositoryError; then no backup was made,
     earlier ones and the chain are as they were, and nothing of ours is left in QEMU (or, if QEMU could not be reached
-    any more, the next run clears it).  For a proof the repository is opened a second time.
+    any more, the next run clears it).  Where a proof found that a bitmap lied, no backup's checkpoint is left on that
+    disk.  For a proof the repository is opened a second time.
     """
     begin = asyncio.get_running_loop().time()
     opening = asyncio.ensure_future(asyncio.to_thread(open_repository))
@@ -160,7 +162,10 @@ async def _backup(
     _tell(prepared, emit)
     storing = Storing(repository, prepared, request.threads, emit, reopen)
     try:
-        await _store(domain, request, prepared, storing, emit)
+        try:
+            await _store(domain, request, prepared, storing, emit)
+        except ProofFailed as error:
+            raise await uncancelled(_drop_chains(domain, prepared, error)) from None
         await _forget_checkpoints(domain, repository.id, prepared, request.keep_checkpoints, emit)
     except asyncio.CancelledError:
         # Asked to end when the backup existed already: all that was left to do is done, or waits for the next one.
@@ -196,6 +201,31 @@ async def _store(domain: Domain, request: BackupRequest, prepared: Prepared, sto
         except BaseException:
             storing.abandon()
             raise
+
+
+async def _drop_chains(domain: Domain, prepared: Prepared, error: ProofFailed) -> ProofFailed:
+    """Have no backup build on bitmaps that lied; the failure to raise then.
+
+    Other repositories' checkpoints go, too: their next incremental would be as wrong, and nobody would notice.  Those
+    that a user named are the user's; they are said.
+    """
+    if not error.lied:
+        return error
+    nodes = {disk.node for disk in prepared.selection.disks if disk.target in error.lied}
+    left: set[str] = set()
+
+    def choose(disk: NodeChain) -> set[str]:
+        if disk.node not in nodes:
+            return set()
+        ours = made_by_backups(disk.chain.points)
+        left.update(set(disk.chain.points) - ours)
+        return ours
+
+    try:
+        await domain.prune(choose)
+    except DomainError as failure:
+        return chains_stay(error, failure.what)
+    return chains_dropped(error, left)
 
 
 async def _was_it_qemu(domain: Domain, error: NbdDisconnected) -> None:

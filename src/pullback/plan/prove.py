@@ -10,7 +10,7 @@ Bytes of the disk throughout; spans are sorted and do not overlap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
@@ -197,6 +197,7 @@ def _meeting(claims: Sequence[Claim], at: int, end: int) -> Iterator[Claim]:
 def proof_failed(differences: Sequence[Difference], *, more: bool) -> ProofFailed:
     """The error for these ``differences``; there may be ``more`` that were not looked for."""
     what, means, todo = [], ["No backup was stored."], []
+    lied: tuple[str, ...] = ()
     for changed in (False, True):
         found = [one for one in differences if one.changed == changed]
         if not found:
@@ -209,6 +210,7 @@ def proof_failed(differences: Sequence[Difference], *, more: bool) -> ProofFaile
             means.append(f"What was read of {names} and stored is not what is read now: memory or storage alters data.")
             todo.append("Look into memory and storage of this machine, of the image and of the repository.")
         else:
+            lied = tuple(targets)
             what.append(f"{where}, which did not change by the dirty bitmap")
             means.append(
                 f"The dirty bitmap did not record writes: earlier incremental backups of {names} since its last full"
@@ -219,8 +221,31 @@ def proof_failed(differences: Sequence[Difference], *, more: bool) -> ProofFaile
                 " keep them knowing that they may be wrong."
             )
     return ProofFailed(
-        f"the backup is not what was frozen: {'; and '.join(what)}", means=" ".join(means), todo=" ".join(todo)
+        f"the backup is not what was frozen: {'; and '.join(what)}",
+        means=" ".join(means),
+        todo=" ".join(todo),
+        lied=lied,
     )
+
+
+def chains_dropped(error: ProofFailed, left: Collection[str]) -> ProofFailed:
+    """The same failure after the checkpoints of backups were removed from the disks whose bitmaps lied.
+
+    ``left`` are the checkpoints there that users named.
+    """
+    disks = " and ".join(error.lied)
+    means = f"{error.means} The checkpoints of {disks} that backups had made were removed: the next one reads it whole."
+    todo = error.todo
+    if left:
+        todo += f" Do not trust changes since {', '.join(sorted(left))}, either, and delete what is not needed there."
+    return ProofFailed(error.what, means=means, todo=todo, lied=error.lied)
+
+
+def chains_stay(error: ProofFailed, why: str) -> ProofFailed:
+    """The same failure where the checkpoints could not be removed."""
+    means = f"{error.means} The checkpoints of {' and '.join(error.lied)} could not be removed ({why})"
+    means += ", so that an incremental backup may still build on them."
+    return ProofFailed(error.what, means=means, todo=error.todo, lied=error.lied)
 
 
 def _ranges(differences: Iterable[Difference], target: str, more: bool) -> str:

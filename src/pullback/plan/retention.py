@@ -15,6 +15,12 @@ def checkpoint_name(repository_id: str, time: datetime, salt: str) -> str:
     return f"{repository_id[:8]}-{time.astimezone(UTC):%Y%m%dT%H%M%SZ}-{salt}"
 
 
+def made_by_backups(points: Iterable[str]) -> set[str]:
+    """Those that backups made, into whichever repository: losing them costs no more than a full read."""
+    own = re.compile(r"[0-9a-f]{8}" + _OWN)
+    return {point for point in points if own.fullmatch(point)}
+
+
 def checkpoints_to_remove(points: Iterable[str], repository_id: str, keep: int) -> set[str]:
     """Of a repository's own checkpoints all but the newest ``keep`` (at least one).
 
