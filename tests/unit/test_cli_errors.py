@@ -17,7 +17,7 @@ from pullback.cli import backups, main, reporter
 from pullback.cli.interrupts import Interrupted, run_interruptible
 from pullback.errors import PullbackError, Refused
 from pullback.repository.snapshots import Snapshot
-from tests.support.backups import MOMENT, new_repository, open_repository
+from tests.support.backups import MOMENT, new_repository, open_repository, store_backup
 from tests.support.cli import filled_stage
 from tests.support.product import Done, Stage
 
@@ -126,6 +126,18 @@ WRONG = [
     (["forget", "--keep-within", "3"], "'3' is no span of time"),
     (["forget", "--keep-last", "-1"], "--keep-last"),
     (["forget", "--keep-daily", "0"], "--keep-daily"),
+    *(
+        (["list", "--repo", "/x", option, ""], f"{option} is followed by an empty text")
+        for option in ("--config", "-r")
+    ),
+    (["backup", "qmp:/x", "--name", ""], "--name is followed by an empty text"),
+    (["backup", "qmp:/x", "--name="], "--name is followed by an empty text"),
+    (["backup", "qmp:/x", "--scratch", " "], "--scratch is followed by an empty text"),
+    (["verify", "--domain", ""], "--domain is followed by an empty text"),
+    (["forget", "--keep-last", "1", "--keep-tag", ""], "--keep-tag is followed by an empty text"),
+    (["forget", "--keep-within="], "--keep-within is followed by an empty text"),
+    (["restore", "latest", "--to", ""], "--to is followed by an empty text"),
+    (["show", ""], "an argument is an empty text"),
     (["recover"], "DOMAIN"),
     (["recover", "qmp:/x", "--nonsense"], "--nonsense"),
 ]
@@ -347,6 +359,43 @@ def test_a_full_disk_under_the_output_is_told(stage: Stage) -> None:
         )
     assert done.returncode == 1
     assert done.stderr == "pullback: cannot write to standard output: No space left on device.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["list"], 0), (["check"], 0), (["show", "nothing"], 13), (["--help"], 0)], ids=shown
+)
+def test_closed_streams_lead_nowhere(stage: Stage, arguments: list[str], code: int) -> None:
+    """Their numbers must not become a repository's files, which restic would then write its words into."""
+    done = stage.cli(*arguments, prefix=["sh", "-c", 'exec "$@" <&- >&-', "-"])
+    assert (done.code, done.out, done.err == "") == (code, "", code == 0)
+    done = stage.cli(*arguments, prefix=["sh", "-c", 'exec "$@" 2>&-', "-"])
+    assert (done.code, done.err, done.out != "") == (code, "", code == 0)
+
+
+@pytest.mark.parametrize("json", [(), ("--json",)])
+def test_what_somebody_wrote_into_a_repository_moves_no_terminal(
+    command: Command, stage: Stage, monkeypatch: pytest.MonkeyPatch, json: tuple[str, ...]
+) -> None:
+    for name, value in stage.environment().items():
+        monkeypatch.setenv(name, value)
+    odd = "a\x1b]0;title\x07\r\nb\x9b2J\u202ec\ud800d"
+    repository = open_repository(stage.repo)
+    with repository.lock():
+        store_backup(repository, {"vda": [b"x"]}, domain=odd.replace("\ud800", ""), day=1)
+    for words in (["list"], ["forget", "--keep-last", "1", "--dry-run"], ["show", "nobody@latest"], ["show", "latest"]):
+        done = command(*words, *json)
+        said = done.out + done.err
+        assert not set(said.replace("\n", "")) & set(odd) - set("abcd]0;title2J"), said
+        assert "\\u001b]0;title\\u0007\\u000d\\u000ab\\u009b2J\\u202ec" in said.replace("\\r\\n", "\\u000d\\u000a")
+    assert reporter.visible(odd) == r"a\u001b]0;title\u0007\u000d\u000ab\u009b2J\u202ec\ud800d"
+
+
+def test_letters_that_the_locale_does_not_have_are_escaped(stage: Stage) -> None:
+    repository = open_repository(stage.repo)
+    with repository.lock():
+        store_backup(repository, {"vda": [b"x"]}, domain="wéb", day=1)
+    done = stage.cli("list", env={"PYTHONIOENCODING": "ascii"})
+    assert (done.code, r"w\xe9b" in done.out) == (0, True)
 
 
 def test_results_and_notes_go_different_ways(command: Command, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from pullback.cli import (
     verifying,
 )
 from pullback.cli.interrupts import EXIT_INTERRUPTED, Interrupted
-from pullback.cli.reporter import Reporter, silence
+from pullback.cli.reporter import Reporter, settle_standard_streams, silence
 from pullback.errors import PullbackError, RestoreError, UsageError
 
 #: What typer raises for a wrong command line.  It gives out only this one of its subclasses, and the package that
@@ -82,6 +82,7 @@ def root(
 
 def _run(arguments: Sequence[str]) -> None:
     """Carry out a command line.  typer's own way to do so prints errors and ends the process itself."""
+    _refuse_empty_words(arguments)
     command = typer.main.get_command(app)
     try:
         with command.make_context("pullback", list(arguments)) as context:
@@ -90,6 +91,18 @@ def _run(arguments: Sequence[str]) -> None:
         return
     except _WrongCommandLine as error:
         raise _usage_error(error) from error
+
+
+def _refuse_empty_words(arguments: Sequence[str]) -> None:
+    """No option or argument of any command means something when it is empty: a script's variable was not set."""
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        name, equals, value = word.partition("=")
+        if not word.strip() or (word.startswith("--") and equals and not value.strip()):
+            option = name if equals else before if before.startswith("-") else ""
+            raise UsageError(
+                f"{option} is followed by an empty text" if option else "an argument is an empty text",
+                todo="Leave it out, or say what is meant.",
+            )
 
 
 def _usage_error(error: Any) -> UsageError:
@@ -107,6 +120,7 @@ def _interrupted(error: BaseException) -> str:
 
 def main() -> None:
     """Run the command line; ends the process with a documented exit code, never with a traceback."""
+    settle_standard_streams()
     reporter = Reporter("--json" in sys.argv)
     try:
         _run(sys.argv[1:])

@@ -9,8 +9,10 @@ A reader that has gone away ends nothing: the work goes on unheard, and the exit
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
     from pullback.plan.command import Plan
 
+#: Control characters, those that change the direction of text or end a line, and halves of characters.
+_UNSEEN = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 #: Seconds between two lines of progress where there is no terminal.
 _PLAIN_EVERY = 5.0
 
@@ -67,14 +71,14 @@ class Reporter:
 
     def result(self, value: dict[str, Any]) -> None:
         """Print a JSON object on a line of its own."""
-        _print_result(json.dumps(value, ensure_ascii=False))
+        _print_result([json.dumps(value, ensure_ascii=False)])
 
     def answer(self, value: dict[str, Any], lines: Sequence[str]) -> None:
         """Print what was asked for: the object with ``--json``, else the lines."""
         if self._json:
             self.result(value)
         else:
-            _print_result("\n".join(lines))
+            _print_result(lines)
 
     def plan(self, plan: Plan) -> None:
         """Print the commands of a plan that is not carried out, each with its reason."""
@@ -83,7 +87,7 @@ class Reporter:
             if self._json:
                 self.result({"event": "command", "why": step.why, **command})
             else:
-                _print_result(f"# {step.why}\n{json.dumps(command, ensure_ascii=False)}")
+                _print_result([f"# {step.why}", json.dumps(command, ensure_ascii=False)])
 
     def trace(self, command: str, arguments: Mapping[str, Any], reply: Any) -> None:
         """Print an operation (``command`` is empty), or a command and its reply; of the schema only how long it is."""
@@ -106,6 +110,7 @@ class Reporter:
             self._say(f"pullback: {message}")
 
     def _say(self, line: str) -> None:
+        line = visible(line)
         try:
             if self._bar is not None:
                 self._bar.console.print(line, markup=False, highlight=False)
@@ -169,9 +174,35 @@ def silence(stream: TextIO) -> None:
     os.close(nowhere)
 
 
-def _print_result(text: str) -> None:
+def visible(text: str) -> str:
+    """Text as it may be shown, on one line: names in a repository are whatever somebody wrote into it.
+
+    What would move a terminal's cursor, change its title or turn the order of letters round is written as in JSON; a
+    JSON text means the same as before.
+    """
+    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def settle_standard_streams() -> None:
+    """Let standard streams that whoever called us has closed lead nowhere; what no character set can show is escaped.
+
+    A closed one is a number without a file: the next file that is opened, one of a repository for instance, would get
+    it, and what is printed, by restic too, would be written there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number: this one
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _print_result(lines: Sequence[str]) -> None:
     try:
-        print(text, flush=True)
+        print("\n".join(visible(line) for line in lines), flush=True)
     except BrokenPipeError:
         silence(sys.stdout)
     except OSError as error:
