@@ -16,8 +16,10 @@ from lab import images
 from lab.monitor import Monitor, QmpError
 from lab.processes import wait_for
 from tests.support.backups import open_repository
+from tests.support.cli import Terminal
 from tests.support.product import MIB, Stage
-from tests.support.serving import Server, random_disk, store_models
+from tests.support.serving import Server, packs, random_disk, spoil, store_models
+from tests.support.survival import Fault
 
 SIZE = 48 * MIB
 MODEL = random_disk(SIZE, seed=31)
@@ -132,6 +134,7 @@ def world(tmp_path: Path, lab_dir: Path) -> Iterator[World]:
         made.disconnect()
 
 
+@pytest.mark.fault(Fault.KILLED_IN_AN_INSTANT_RESTORE)
 def test_what_is_kept_is_copied_backed_up_and_gone_on_with_when_the_command_is_killed(world: World) -> None:
     with world.booting() as first:
         world.slow()
@@ -166,6 +169,7 @@ def test_what_is_kept_is_copied_backed_up_and_gone_on_with_when_the_command_is_k
     world.judge()
 
 
+@pytest.mark.fault(Fault.QEMU_KILLED_IN_THE_DATA)
 def test_a_qemu_that_is_killed_is_told_and_started_again_and_the_rest_can_be_copied_without_one(world: World) -> None:
     with world.booting() as first:
         world.slow()
@@ -234,3 +238,36 @@ def test_what_cannot_be_booted_is_said_in_words(world: World, given: tuple[str, 
     done = world.stage.cli("boot", world.backup, *where, *given, *accel)
     assert (done.code, said in done.err) == (code, True), done
     assert not list(world.work.iterdir())
+
+
+def test_a_terminal_is_the_domains_while_it_runs(world: World) -> None:
+    command = world.stage.command("boot", world.backup, "--work", world.work, "--", *FIRMWARE_ONLY)
+    with Terminal(command, world.stage.environment(TERM="xterm")) as terminal:
+        assert terminal.read_until(b"Ctrl-A X")
+        terminal.type("\x01h")
+        assert terminal.read_until(b"send break")  # QEMU's own help: the terminal is its own by now
+        terminal.type("\x03\x01x")  # a Ctrl-C, which is the guest's
+        code, shown = terminal.end()
+    assert code == 0, shown
+    assert "it wrote is thrown away" in shown
+
+
+def test_a_repository_that_is_locked_is_told_before_anything_runs(world: World) -> None:
+    with open_repository(world.stage.repo).lock(exclusive=True):
+        done = world.stage.cli("boot", world.backup, "--to", world.to, "--json", "--", *ENDS_BY_ITSELF)
+    assert done.code == 11
+    assert not [event for event in done.events if event["event"] == "booted"]
+
+
+@pytest.mark.damages_repository("what cannot be read cannot be copied")
+@pytest.mark.fault(Fault.REPOSITORY_DAMAGED)
+def test_a_damaged_backup_ends_the_copying_and_not_the_domain(world: World) -> None:
+    spoil(packs(world.stage.repo)[0], 1000)
+    with world.booting() as server:
+        assert server.read("note")
+        while not any("runs on" in event.get("message", "") for event in server.events):
+            assert server.read_more(), server.lines
+        assert lives(int(str(world.told(server)["pid"])))
+        world.qmp.command("quit")
+        assert server.process.wait(60) == 9
+    assert "backing-filename" in images.info(world.image)

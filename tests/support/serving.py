@@ -53,16 +53,22 @@ class Server:
     def read(self, event: str) -> bool:
         """Read what it tells until this event has come, or to its end; whether it came."""
         deadline = time.monotonic() + LIMIT
+        while not any(one["event"] == event for one in self.events):
+            if not self.read_more(deadline - time.monotonic()):
+                return False
+        return True
+
+    def read_more(self, timeout: float = LIMIT) -> bool:
+        """Read the next of what it tells; whether there was any before its end."""
         stdout = self.process.stdout
         assert stdout is not None
-        while not any(one["event"] == event for one in self.events):
-            ready, _, _ = select.select([stdout], [], [], max(deadline - time.monotonic(), 0))
-            assert ready, f"{event} did not come, but {self.lines}"
-            # Not readline(): a line that it has read besides would be hidden from select().
-            if not (got := os.read(stdout.fileno(), 65536)):
-                return False
-            *whole, self._begun = (self._begun + got).split(b"\n")
-            self.lines += [line.decode() + "\n" for line in whole]
+        ready, _, _ = select.select([stdout], [], [], max(timeout, 0))
+        assert ready, f"nothing more came than {self.lines}"
+        # Not readline(): a line that it has read besides would be hidden from select().
+        if not (got := os.read(stdout.fileno(), 65536)):
+            return False
+        *whole, self._begun = (self._begun + got).split(b"\n")
+        self.lines += [line.decode() + "\n" for line in whole]
         return True
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> Done:
