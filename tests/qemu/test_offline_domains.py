@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lab import images
 from lab.disks import DiskSpec
 from lab.processes import wait_for
 from lab.qemu import BareQemu
+from pullback.engine import offline
 from tests.support.api import inside
 from tests.support.product import KIB, MIB, Done, Stage, references, same
 
@@ -207,12 +209,13 @@ def _manifests(stage: Stage) -> list[dict[str, Any]]:
 def test_images_in_use_are_refused_before_anything_is_touched(stopped: Stopped, bare_qemu: Start) -> None:
     stopped.cli("snapshot create", "one", "--checkpoint", "A")
     stopped.cli("snapshot delete", "one")
-    bare_qemu(stopped.disks[1:])
+    qemu = bare_qemu(stopped.disks[1:])
     before = [digest(disk.path) for disk in stopped.disks]
     for command in ("domain show", "recover", "checkpoint list"):
         done = stopped.attempt(command)
         assert done.code == 5
-        assert "in use by another process" in done.err
+        user = f"{Path(qemu.program).name} ({qemu.pid})"
+        assert f"the image {stopped.disks[1].path} is in use by another process: {user}" in done.err
     assert stopped.attempt("backup").code == 5
     assert [digest(disk.path) for disk in stopped.disks] == before
     assert stopped.daemons() == []
@@ -248,6 +251,24 @@ def _scratch_of(pid: int) -> bool:
         return False
 
 
+def test_a_daemon_of_an_earlier_session_is_not_waited_for_once_it_ended(
+    stopped: Stopped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a zombie of this process: snapshot create and delete in one waited two minutes now and then."""
+    monkeypatch.setattr(offline, "_STOP", 10.0)
+    place = offline.daemon_place(offline.parse_images(str(stopped.disks[0].path)), stopped.stage.place)
+    earlier = offline.OfflineDaemon(place)
+    earlier.start().socket.close()
+    begin = time.monotonic()
+    daemon = offline.OfflineDaemon(place)
+    try:
+        daemon.start().socket.close()
+        assert time.monotonic() - begin < 10
+    finally:
+        daemon.terminate()
+        earlier.wait()
+
+
 def test_an_interrupted_command_leaves_another_ones_snapshot_alone(stopped: Stopped) -> None:
     stopped.cli("snapshot create", "kept")
     (daemon,) = stopped.daemons()
@@ -255,6 +276,10 @@ def test_an_interrupted_command_leaves_another_ones_snapshot_alone(stopped: Stop
         process.send_signal(signal.SIGTERM)
         process.wait()
     assert stopped.daemons() == [daemon]
+    image, other = (str(disk.path) for disk in stopped.disks)
+    done = inside(["snapshot", "list", f"disk:{image}"], stopped.stage.environment())
+    assert done.code == 5 and f"the image {image} is in use by another pullback (process {daemon})" in done.err
+    assert f"together: {image}, {other}." in done.err and "QMP socket" not in done.err
     assert stopped.cli("snapshot list").out.splitlines()[1].startswith("kept")
     stopped.cli("snapshot delete", "kept")
     assert stopped.daemons() == []

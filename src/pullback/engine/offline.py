@@ -111,6 +111,53 @@ def _arguments(place: DaemonPlace) -> list[str]:
     return [*argv, "--chardev", f"socket,id=qmp,path={place.socket},server=on,wait=off", "--monitor", "chardev=qmp"]
 
 
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that holds locks on an image; ``images`` are all that it holds, if it is a storage daemon of ours."""
+
+    pid: int
+    program: str
+    images: tuple[str, ...] = ()
+
+
+def holders_of(image: str, but: int) -> tuple[Holder, ...]:
+    """Who has locked an image, as far as we may see; ``but`` is our own daemon's pid.
+
+    QEMU's locks belong to no process (fcntl(2), open file description locks), so the open files tell.
+    """
+    found = []
+    wanted = Path(image).stat()
+    for process in Path("/proc").glob("[0-9]*"):
+        if int(process.name) == but:
+            continue
+        locked = _locked_files(process)
+        if any(os.path.samestat(status, wanted) for status in locked.values()):
+            argv = _command_line(process)
+            pidfiles = {word for word in argv if re.search(r"/disk-[0-9a-f]{16}\.pid$", word)}
+            images = tuple(sorted(locked.keys() - pidfiles)) if pidfiles else ()
+            found.append(Holder(int(process.name), Path(argv[0]).name, images))
+    return tuple(found)
+
+
+def _command_line(process: Path) -> list[str]:
+    try:
+        return os.fsdecode((process / "cmdline").read_bytes()).split("\0")
+    except OSError:  # it ended meanwhile
+        return ["?"]
+
+
+def _locked_files(process: Path) -> dict[str, os.stat_result]:
+    """The files with a name that a process has locked; none of one that is gone or that we may not look at."""
+    locked = {}
+    try:
+        for handle in (process / "fd").iterdir():
+            if "lock:" in (process / "fdinfo" / handle.name).read_text() and (status := handle.stat()).st_nlink:
+                locked[str(handle.readlink())] = status
+    except OSError:
+        pass
+    return locked
+
+
 class OfflineDaemon:
     """The daemon on a stopped domain's images for the time of a session; blocking.
 
@@ -203,7 +250,8 @@ def _alive(pid: int, process: subprocess.Popen[bytes] | None) -> bool:
     if process is not None:
         return process.poll() is None
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
         return False
-    return True
+    # One that an earlier session of this process started, and that nobody has asked for its exit code.
+    return state != "Z"

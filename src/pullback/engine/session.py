@@ -7,14 +7,15 @@ Everything that is done to QEMU goes through :meth:`Session.run`, so a dry run i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pullback.engine.domain_lock import domain_lock, lock_directory, qemu_identity
-from pullback.engine.offline import OfflineDaemon, daemon_place
+from pullback.engine.offline import Holder, OfflineDaemon, daemon_place, holders_of
 from pullback.errors import CommandFailed, DomainError, Refused, UsageError
 from pullback.model.facts import Facts
 from pullback.model.snapshots import read_exports, read_snapshots
@@ -190,20 +191,39 @@ async def _give_up(daemon: OfflineDaemon, monitor: Monitor | None) -> None:
     await asyncio.to_thread(daemon.terminate)
 
 
-async def _open_images(monitor: Monitor, images: tuple[Image, ...], *, read_only: bool) -> None:
-    try:
-        await run_plan(monitor, try_images(images) + open_images(images, read_only=read_only))
-    except CommandFailed as error:
-        # QEMU's 'Failed to get shared "write" lock'
-        if '" lock' in error.desc:
-            raise Refused(
-                f"an image is in use by another process: {error.desc}",
-                means="Nothing was touched.",
-                todo="If the domain is running, name it by its QMP socket (qmp:PATH).",
-            ) from error
-        raise Refused(
-            f"the storage daemon cannot open the images: {error.desc}", means="Nothing was touched."
-        ) from error
+async def _open_images(monitor: Monitor, daemon: Peer, images: tuple[Image, ...], *, read_only: bool) -> None:
+    for plan in (try_images, partial(open_images, read_only=read_only)):
+        for image in images:
+            try:
+                await run_plan(monitor, plan((image,)))
+            except CommandFailed as error:
+                # QEMU's 'Failed to get shared "write" lock'
+                if '" lock' in error.desc:
+                    raise _in_use(image, await asyncio.to_thread(holders_of, image.path, daemon.pid)) from error
+                raise Refused(
+                    f"the storage daemon cannot open the image {image.path}: {error.desc}", means="Nothing was touched."
+                ) from error
+
+
+def _in_use(image: Image, holders: Sequence[Holder]) -> Refused:
+    means = "Nothing was touched."
+    for holder in holders:
+        if holder.images:
+            return Refused(
+                f"the image {image.path} is in use by another pullback (process {holder.pid}): a command works on it,"
+                " or a snapshot or an export was left in it",
+                means=means,
+                todo=f"Wait for that command, or name all images that it opened together: {', '.join(holder.images)}.",
+            )
+    who = ", ".join(f"{holder.program} ({holder.pid})" for holder in holders)
+    # Of another user's processes, and of users of its backing files, only this is known.
+    return Refused(
+        f"the image {image.path} is in use by another process: {who}"
+        if who
+        else f"the image {image.path}, or one that it is built on, is in use by another process",
+        means=means,
+        todo="If the domain is running, name it by its QMP socket (qmp:PATH).",
+    )
 
 
 @asynccontextmanager
@@ -226,7 +246,7 @@ async def open_offline_session(
             line = await uncancelled(asyncio.to_thread(daemon.start))
             monitor = await connect(line, trace)
             if not daemon.found:
-                await _open_images(monitor, images, read_only=tell is not None)
+                await _open_images(monitor, line.peer, images, read_only=tell is not None)
         except BaseException:
             await uncancelled(_give_up(daemon, monitor))
             raise
