@@ -7,6 +7,7 @@ import hashlib
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -14,7 +15,20 @@ from math import inf
 
 import pytest
 
-from lab.fault_proxy import Deed, FaultProxy, Hold, answer, away, delay, drop, drop_answer, flip, shorten, truncate
+from lab.fault_proxy import (
+    Deed,
+    Exchange,
+    FaultProxy,
+    Hold,
+    answer,
+    away,
+    delay,
+    drop,
+    drop_answer,
+    flip,
+    shorten,
+    truncate,
+)
 from lab.qemu import BareQemu
 from lab.s3 import S3Address
 from pullback.errors import Damaged, PullbackError, RepositoryError, RepositoryMissing
@@ -209,6 +223,44 @@ def test_killed_while_it_uploads(stage: S3Stage, proxy: FaultProxy, bare_qemu: S
     last = stage.backup(qemu)
     same(stage.contents(last.id), state)
     assert stage.listed()[0] == first.id
+    stage.restic.check()
+
+
+@pytest.mark.fault(Fault.STORE_ERROR)
+@pytest.mark.parametrize("silent", [False, True], ids=["drops", "hangs"])
+def test_whoever_presses_ctrl_c_during_an_outage_does_not_wait_for_the_store(
+    stage: S3Stage, proxy: FaultProxy, bare_qemu: Start, silent: bool
+) -> None:
+    qemu = bare_qemu([stage.disk("vda", MIB)], running=True)
+    qemu.device_write("vda", 0, MIB, os.urandom(MIB))
+    first, begun, hold = stage.backup(qemu), threading.Event(), Hold()
+
+    async def outage(exchange: Exchange) -> None:
+        begun.set()
+        await (hold if silent else drop)(exchange)
+
+    qemu.device_write("vda", 0, 64 * KIB, 1)
+    proxy.fault(outage, "PUT", "/data/", times=inf)
+    with stage.running("backup", f"qmp:{qemu.qmp_path}", "--scratch", stage.scratch) as ours:
+        assert begun.wait(60)
+        proxy.fault(outage, times=inf)
+        at = time.monotonic()
+        ours.send_signal(signal.SIGINT)
+        said = ours.communicate(timeout=60)[1]
+        took = time.monotonic() - at
+    hold.release()
+    proxy.faults.clear()
+    assert ours.returncode == 130, said
+    assert took < 15
+    assert "Traceback" not in said
+    assert leftovers(qemu, stage.scratch) == []
+    assert stage.listed() == [first.id]
+    state = references(qemu)
+    again = stage.backup(qemu)
+    assert again.manifest.disks[0].mode == "incremental"
+    same(stage.contents(again.id), state)
+    # The lock that could not be removed is the next one's to remove.
+    assert list(stage.open().store.list(FileKind.LOCKS)) == []
     stage.restic.check()
 
 

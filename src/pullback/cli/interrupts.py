@@ -8,6 +8,8 @@ import signal
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from pullback.repository import interruption
+
 T = TypeVar("T")
 
 EXIT_INTERRUPTED = 130
@@ -27,6 +29,7 @@ def run_interruptible(work: Coroutine[Any, Any, T], stop: Callable[[], None] | N
 
 async def _run(work: Coroutine[Any, Any, T], stop: Callable[[], None] | None) -> T:
     loop = asyncio.get_running_loop()
+    interruption.begin()
     task = asyncio.ensure_future(work)
     hit = False
 
@@ -35,6 +38,7 @@ async def _run(work: Coroutine[Any, Any, T], stop: Callable[[], None] | None) ->
         if hit:
             return
         hit = True
+        interruption.ask()
         if stop is not None:
             stop()
         else:

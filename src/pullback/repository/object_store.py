@@ -12,11 +12,11 @@ from __future__ import annotations
 import configparser
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import obstore
@@ -24,12 +24,15 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from pullback.errors import Damaged, UsageError
+from pullback.repository.interruption import answer_to
 from pullback.repository.object_failures import error_code, explain, was_answered
 from pullback.repository.store import ID_NAME, Bytes, FileKind, buffers, describe, relative_path
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
     from obstore.store import ObjectStore as AnyStore
+
+T = TypeVar("T")
 
 # Its pause is a random time between the first and BASE times the last one: with its default base of 2 they do not
 # grow, and ten tries are over after two seconds.
@@ -60,6 +63,14 @@ class ObjectStore:
     def _store(self) -> AnyStore:
         return self._at_first or self._patient
 
+    def _answer(self, request: Callable[[AnyStore], T]) -> T:
+        """What the store answers; it is not waited for when the process is asked to end."""
+        store = self._store
+        return answer_to(lambda: request(store), self.location, BaseError, OSError)
+
+    def _size(self, path: str) -> int:
+        return self._answer(lambda store: int(obstore.head(store, path)["size"]))
+
     def create(self) -> None:
         """Nothing: there are no directories to make, and buckets are the administrator's."""
 
@@ -68,7 +79,8 @@ class ObjectStore:
         pieces = buffers(data)
         whole = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
         with self._told("write to"):
-            obstore.put(self._store, relative_path(kind, name), whole, use_multipart=False)
+            path = relative_path(kind, name)
+            self._answer(lambda store: obstore.put(store, path, whole, use_multipart=False))
 
     def load(self, kind: FileKind, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """Read a part of an object; raises Damaged if it is missing or ends early."""
@@ -76,8 +88,8 @@ class ObjectStore:
         with self._told("read from"):
             try:
                 if offset == 0 and length is None:
-                    return obstore.get(self._store, path).bytes().to_bytes()
-                size = None if length is not None else int(obstore.head(self._store, path)["size"])
+                    return self._answer(lambda store: obstore.get(store, path).bytes().to_bytes())
+                size = None if length is not None else self._size(path)
                 wanted = length if size is None else size - offset
                 assert wanted is not None
                 if wanted == 0:
@@ -96,13 +108,12 @@ class ObjectStore:
 
     def _range(self, path: str, offset: int, length: int) -> bytes:
         try:
-            return obstore.get_range(self._store, path, start=offset, length=length).to_bytes()
+            return self._answer(lambda store: obstore.get_range(store, path, start=offset, length=length).to_bytes())
         except FileNotFoundError:
             raise
         except BaseError:
             # A range beyond the end is an error of its own in every kind of store; only the size tells it apart.
-            size = int(obstore.head(self._store, path)["size"])
-            if offset + length > size:
+            if offset + length > self._size(path):
                 return b""
             raise
 
@@ -112,8 +123,7 @@ class ObjectStore:
             found = [("config", 0)] if self.exists(kind, "config") else []
         else:
             with self._told("list"):
-                pages = obstore.list(self._store, f"{kind.value}/")
-                objects = [(str(one["path"]).rpartition("/")[2], int(one["size"])) for page in pages for one in page]
+                objects = self._answer(lambda store: _listing(store, f"{kind.value}/"))
             found = [(name, size) for name, size in objects if ID_NAME.fullmatch(name)]
         yield from found
 
@@ -121,7 +131,7 @@ class ObjectStore:
         """Whether the object is there."""
         with self._told("look into"):
             try:
-                obstore.head(self._store, relative_path(kind, name))
+                self._size(relative_path(kind, name))
             except (BaseError, FileNotFoundError) as error:
                 if not was_answered(error):
                     raise
@@ -131,7 +141,7 @@ class ObjectStore:
 
     def _readable(self, path: str) -> bool:
         try:
-            obstore.get(self._store, path)
+            self._answer(lambda store: obstore.get(store, path))
         except FileNotFoundError as error:
             if error_code(error) == "NoSuchBucket":
                 raise
@@ -142,7 +152,8 @@ class ObjectStore:
         """Delete an object; one that is gone is no error."""
         with self._told("remove from"):
             try:
-                obstore.delete(self._store, relative_path(kind, name))
+                path = relative_path(kind, name)
+                self._answer(lambda store: obstore.delete(store, path))
             except FileNotFoundError:
                 pass
 
@@ -154,6 +165,12 @@ class ObjectStore:
         except (BaseError, OSError) as error:
             raise explain(error, verb, self.location) from error
         self._at_first = None
+
+
+def _listing(store: AnyStore, prefix: str) -> list[tuple[str, int]]:
+    return [
+        (str(one["path"]).rpartition("/")[2], int(one["size"])) for page in obstore.list(store, prefix) for one in page
+    ]
 
 
 def open_s3(location: str, rest: str) -> ObjectStore:
