@@ -14,8 +14,13 @@ import pytest
 
 from lab.processes import wait_for
 from lab.qemu import BareQemu
+from pullback.engine import restic as pull
+from pullback.engine.restic import RepositoryAccess
+from pullback.errors import RepositoryLocked
+from pullback.repository.local_store import LocalStore
+from pullback.repository.repository import Repository
 from pullback.repository.snapshots import Snapshot
-from tests.support.backups import MOMENT, new_repository, open_repository, store_backup
+from tests.support.backups import CHEAP, MOMENT, new_repository, open_repository, store_backup
 from tests.support.cli import MANIFEST, Terminal, filled_stage
 from tests.support.product import MIB, Stage, references, same
 from tests.support.restic import PASSWORD, Restic, needs_restic
@@ -189,6 +194,64 @@ def test_a_locked_repository_is_waited_for(stage: Stage) -> None:
             lock.release()
             process.communicate(timeout=60)
     assert process.returncode == 0
+
+
+def test_who_is_waited_for_is_said_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every try restic says again who holds the lock; only another holder is news."""
+    monkeypatch.setattr("pullback.engine.restic._RETRY_EVERY", 0.01)
+    err, waits = bytearray(), list[str]()
+    access = RepositoryAccess(str(stage.repo), PASSWORD)
+
+    def prune(lock_retry: float) -> None:
+        work = pull.Restic(
+            ["prune"], access, err=err.extend, out=bytearray().extend, lock_retry=lock_retry, waiting=waits.append
+        )
+        with monkeypatch.context() as patch:
+            patch.setenv("PATH", spy(stage.place, _LOCKED_FIVE_TIMES.format(place=stage.place))["PATH"])
+            work.run()
+
+    prune(60)
+    assert [wait.split(",")[1] for wait in waits] == [f" which is locked by PID {one} on host" for one in (1, 2)]
+    assert err == b"something else\n"
+    (stage.place / "tries").unlink()
+    with pytest.raises(RepositoryLocked):
+        prune(0)
+    assert b"already locked by PID 1" in err
+
+
+_LOCKED_FIVE_TIMES = """
+echo >> "{place}/tries"; n=$(wc -l < "{place}/tries")
+[ $n -gt 5 ] && {{ echo something else >&2; exit 0; }}
+echo "unable to create lock in backend: repository is already locked by PID $(( n > 3 ? 2 : 1 )) on host" >&2
+echo "lock was created at some time ($n ms ago)" >&2; exit 1"""
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("check --read-data-subset x", "--read-data-subset"),
+        ("prune --max-unused abc", "--max-unused"),
+        ("prune --max-unused 150%", "--max-unused"),
+        ("key remove zzz", '"zzz"'),
+        ("key add --new-password-file /nowhere", "/nowhere does not exist"),
+        ("key add", "--new-password-file FILE"),
+    ],
+)
+def test_what_restic_cannot_take_is_a_wrong_command_line(stage: Stage, words: str, says: str) -> None:
+    done = stage.cli(*words.split())
+    assert done.code == 2
+    (said,) = (line for line in done.err.splitlines() if line.startswith("pullback: "))
+    assert says in said
+
+
+def test_a_copy_goes_to_another_repository_that_opens(stage: Stage, tmp_path: Path) -> None:
+    done = stage.cli("copy", "--to", f"{stage.repo}/../{stage.repo.name}")
+    assert (done.code, "is the repository that is copied from" in done.err) == (2, True), done.err
+    Repository.init(LocalStore(tmp_path / "other"), "quite another", cost=CHEAP)
+    done = stage.cli("copy", "--to", tmp_path / "other")
+    assert (done.code, f"the other repository, {tmp_path}/other," in done.err) == (12, True), done.err
+    assert "--to-password-file" in done.err
+    (tmp_path / "other" / "config").unlink()  # nobody else has its password
 
 
 # -- forget ---------------------------------------------------------------------------------------------------------

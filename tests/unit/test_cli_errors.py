@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from pullback.cli import backups, main, reporter
 from pullback.cli.interrupts import Interrupted, run_interruptible
 from pullback.errors import PullbackError, Refused
+from pullback.repository.local_store import LocalStore
 from pullback.repository.snapshots import Snapshot
 from tests.support.backups import MOMENT, new_repository, open_repository, store_backup
 from tests.support.cli import filled_stage
@@ -428,6 +430,48 @@ def test_latest_beside_a_broken_snapshot_file_is_not_an_older_backup(
         done = command(name, spec, *more)
         assert (done.code, newest in done.err, done.err.count("\n")) == (8, True, 1)
     assert len([*(stage.repo / "snapshots").iterdir()]) == 2
+
+
+@pytest.mark.parametrize("words", ["show", "verify"])
+def test_what_another_program_stored_is_not_taken_for_damaged(
+    command: Command, stage: Stage, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    for name, value in stage.environment().items():
+        monkeypatch.setenv(name, value)
+    repository = open_repository(stage.repo)
+    with repository.lock():
+        foreign = repository.save_snapshot(Snapshot(MOMENT, repository.find("latest").tree, ("/etc/x",), "mail"))
+    done = command(words, foreign[:12])
+    assert (done.code, "another program stored it, of mail" in done.err) == (5, True), done.err
+    assert command("verify", "--all").code == 0
+    # One whose tag was taken off is still one of ours.
+    with repository.lock():
+        bare = repository.save_snapshot(Snapshot(MOMENT, repository.find("web@latest").tree, ("/web",), "web"))
+    assert command(words, bare[:12]).code == 0
+
+
+def test_a_directory_with_other_things_in_it_becomes_no_repository(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESTIC_PASSWORD", "x")
+    (tmp_path / "home" / "letters").mkdir(parents=True)
+    done = command("init", "--repo", str(tmp_path / "home"))
+    assert (done.code, "not empty: it holds letters." in done.err) == (2, True), done.err
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["letters"]
+    (tmp_path / "disk" / "lost+found").mkdir(parents=True)
+    assert command("init", "--repo", str(tmp_path / "disk")).code == 0
+    (tmp_path / "disk" / "config").unlink()  # nobody else has its password
+
+
+def test_what_may_not_be_read_is_worded_so(command: Command, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in stage.environment().items():
+        monkeypatch.setenv(name, value)
+    # Root may read everything.
+    monkeypatch.setattr(
+        LocalStore, "load", lambda store, *_: store._tell("read from", PermissionError(errno.EACCES, ""))
+    )
+    done = command("list", "--no-cache")
+    assert (done.code, "permission is denied" in done.err, "may read there" in done.err) == (14, True, True), done.err
 
 
 def test_a_table_lines_up() -> None:

@@ -96,6 +96,8 @@ def _run(arguments: Sequence[str]) -> None:
 def _refuse_empty_words(arguments: Sequence[str]) -> None:
     """No option or argument of any command means something when it is empty: a script's variable was not set."""
     for before, word in zip(["", *arguments], arguments, strict=False):
+        if word == "--":  # what follows is another program's
+            return
         name, equals, value = word.partition("=")
         if not word.strip() or (word.startswith("--") and equals and not value.strip()):
             option = name if equals else before if before.startswith("-") else ""

@@ -200,8 +200,9 @@ def copy(
 ) -> None:
     """Copy backups to another repository (restic copy)."""
     on = OnRepository(repo, password_file, password_command, config, json=json, lock_retry=lock_retry)
-    target = on.another(to, to_password_file, to_password_command)
-    chosen = [one.id for one in on.find(on.open(), backup or (), domain)]
+    source = on.open()
+    target = on.another(source, to, to_password_file, to_password_command)
+    chosen = [one.id for one in on.find(source, backup or (), domain)]
     if not chosen:
         raise UsageError("there is no backup to copy", means="Nothing was copied.")
     on.show("copy", ["copy", *chosen], repository=target, source=on.access)

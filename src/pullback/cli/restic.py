@@ -15,7 +15,7 @@ from pullback.cli.interrupts import run_interruptible
 from pullback.cli.passwords import repository_access
 from pullback.cli.reporter import Reporter, silence
 from pullback.engine.events import Note
-from pullback.errors import Damaged
+from pullback.errors import Damaged, UsageError, WrongPassword
 
 if TYPE_CHECKING:
     from pullback.engine.restic import RepositoryAccess, Sink
@@ -46,8 +46,13 @@ class OnRepository:
         """Open it: what is wrong with location, password or config is then said in our words."""
         return self.access.open()
 
-    def another(self, location: str, password_file: str | None, password_command: str | None) -> RepositoryAccess:
-        """A second repository, by default with the password of the first; opened once, to see that it is there."""
+    def another(
+        self, source: Repository, location: str, password_file: str | None, password_command: str | None
+    ) -> RepositoryAccess:
+        """A second repository, by default with the password of ``source``, the first; opened once.
+
+        UsageError if it is the first.
+        """
         from pullback.cli.passwords import RepositoryOptions
         from pullback.engine.restic import RepositoryAccess
 
@@ -55,7 +60,20 @@ class OnRepository:
             found = repository_access(RepositoryOptions(location, password_file, password_command))
         else:
             found = RepositoryAccess(location, self.access.password)
-        found.open()
+        try:
+            opened = found.open()
+        except WrongPassword as error:
+            raise WrongPassword(
+                f"no key of the other repository, {location}, opens with the password for it",
+                means="Nothing was copied.",
+                todo="Give its own with --to-password-file or --to-password-command.",
+            ) from error
+        if opened.id == source.id:
+            raise UsageError(
+                f"{location} is the repository that is copied from, or a copy of its files",
+                means="Nothing was copied.",
+                todo="Name another one with --to; pullback init makes one.",
+            )
         return found
 
     def find(self, repository: Repository, specs: Sequence[str], domain: str | None = None) -> list[Snapshot]:

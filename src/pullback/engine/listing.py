@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pullback.errors import Damaged, RepositoryUnsupported
+from pullback.engine.forgetting import TAG
+from pullback.errors import Damaged, Refused, RepositoryUnsupported
 from pullback.model.manifest import Manifest, parse_manifest
 from pullback.repository.layout import StoredBackup
 from pullback.repository.repository import Repository
+from pullback.repository.snapshots import Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ def list_stored(
         try:
             manifest = parse_manifest(StoredBackup(repository, snapshot).manifest_bytes())
         except (Damaged, RepositoryUnsupported) as error:
-            if "pullback" in snapshot.tags:
+            if TAG in snapshot.tags:
                 time = snapshot.time.astimezone(UTC)
                 found.append(ListedBackup(snapshot.id, time, snapshot.hostname, None, error.what))
             continue
@@ -54,13 +56,29 @@ def list_stored(
     return found
 
 
+def refuse_foreign(repository: Repository, snapshot: Snapshot) -> None:
+    """Raise Refused for what another program stored: it has neither our tag nor a manifest."""
+    if TAG in snapshot.tags:
+        return
+    try:
+        StoredBackup(repository, snapshot).manifest_bytes()
+    except Damaged as error:
+        raise Refused(
+            f"{snapshot.short_id} is no backup of pullback's: another program stored it, of {snapshot.hostname},"
+            f" {snapshot.time:%Y-%m-%d %H:%M:%S %Z}",
+            means="Nothing is known to be wrong with it.",
+            todo="pullback list shows the backups; restic can show and check that one.",
+        ) from error
+
+
 def show_stored(repository: Repository, spec: str, broken: Callable[[Damaged], None]) -> ShownBackup:
-    """The backup called so; raises as SnapshotFiles.find, and Damaged or RepositoryUnsupported for its manifest.
+    """The backup called so; raises as find and refuse_foreign, and Damaged or RepositoryUnsupported for its manifest.
 
     A base is here under another id where it is a copy.
     """
     files = repository.snapshot_files()
     snapshot = files.find(spec)
+    refuse_foreign(repository, snapshot)
     for damage in files.broken.values():
         broken(damage)
     try:

@@ -46,6 +46,15 @@ _SETTINGS = (
     "RESTIC_PASSWORD_FILE",
     "RESTIC_PASSWORD_COMMAND",
 )
+#: How restic's words begin when somebody else has the lock; until 0.16, and from then on.
+_LOCKED = (b"unable to create lock", b"Fatal: unable to create lock")
+_HOLDER = re.compile("already locked (.+)")
+#: What it says of a value that it cannot take.
+_BAD_VALUE = re.compile(
+    "^(?:Fatal: )?((?:invalid argument|invalid number of bytes|percentage for|check flags? |no matching ID found"
+    "|multiple IDs with prefix|.+ does not exist$).*)",
+    re.MULTILINE,
+)
 _READ_AGAIN = "See what restic said above; its own words are on standard error."
 
 Sink = Callable[[bytes], None]
@@ -109,6 +118,7 @@ class Restic:
         self._stopped = threading.Event()
         self._starting = threading.Lock()
         self._said = bytearray()
+        self._held = bytearray()
 
     def stop(self) -> None:
         """Interrupt restic, which then takes its lock back; ``run`` raises when it has ended."""
@@ -124,7 +134,7 @@ class Restic:
         Raises the error that fits what restic said; the repository is then as restic left it.
         """
         program = restic_program()
-        deadline = time.monotonic() + self._lock_retry
+        deadline, told = time.monotonic() + self._lock_retry, ""
         while True:
             try:
                 self._run_once(program)
@@ -133,8 +143,14 @@ class Restic:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise
-                self._waiting(f"waiting for the repository, {left:.0f} s more at most")
+                # restic says all of it again at every try: what is new is who holds the lock.
+                self._held.clear()
+                if (holder := _holder(self._said)) != told:
+                    told = holder
+                    self._waiting(f"waiting for the repository, which is locked {holder}, {left:.0f} s more at most")
                 self._stopped.wait(min(left, _RETRY_EVERY))
+            finally:
+                self._pass_on()
 
     def _run_once(self, program: str) -> None:
         self._said.clear()
@@ -190,11 +206,24 @@ class Restic:
     def _keep(self, piece: bytes) -> None:
         self._said += piece
         del self._said[:-_KEPT]
-        self._err(piece)
+        self._held += piece
+        if not any(self._held.startswith(words[: len(self._held)]) for words in _LOCKED):
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        held, self._held = bytes(self._held), bytearray()
+        if held:
+            self._err(held)
 
     def _judge(self, code: int) -> None:
         if code != 0:
             raise _failure(self._arguments[0], code, self._said.decode(errors="replace"))
+
+
+def _holder(said: bytes | bytearray) -> str:
+    """Who has the lock, by restic's words."""
+    found = _HOLDER.search(said.decode(errors="replace"))
+    return found[1].strip() if found else "by somebody else"
 
 
 def _hand_over(password: str, prefix: str, secrets: list[int]) -> dict[str, str]:
@@ -222,6 +251,14 @@ def _failure(command: str, code: int, said: str) -> PullbackError:
         )
     if code == 12 or "wrong password or no key found" in said:
         return WrongPassword("restic says that no key of the repository opens with this password")
+    if "an empty password is not a password" in said:
+        return UsageError(
+            "no new password was given",
+            means="The repository's passwords are as they were.",
+            todo="Use --new-password-file FILE; at a terminal it is asked for, elsewhere read from standard input.",
+        )
+    if code == 1 and (wrong := _BAD_VALUE.search(said)):
+        return UsageError(f"restic {command} cannot take this: {wrong[1].strip()}", means="It did nothing.")
     if command == "check" and ("contains errors" in said or "LoadIndex returned errors" in said):
         return DamageFound(
             "restic check found errors in the repository",

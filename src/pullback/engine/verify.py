@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pullback.engine.damage import Damage, DamageMap
 from pullback.engine.events import Emit, Note, Progress
 from pullback.engine.forgetting import TAG
+from pullback.engine.listing import refuse_foreign
 from pullback.engine.walking import Piece, walk
 from pullback.errors import BackupNotFound, Damaged, RepositoryError, RepositoryUnsupported
 from pullback.model.manifest import Manifest, parse_manifest
@@ -134,6 +135,8 @@ class Verification:
     def _choose(self, files: SnapshotFiles) -> list[Snapshot]:
         if self._request.backups:
             found = [files.find(spec) for spec in self._request.backups]
+            for one in found:
+                refuse_foreign(self._repository, one)
             return list({one.id: one for one in found}.values())
         chosen = [one for one in files.readable if TAG in one.tags]
         if not chosen and not files.broken and self._request.domain is not None:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from pullback.errors import Damaged, RepositoryError
+from pullback.errors import Damaged, RepositoryError, UsageError
 from pullback.repository.documents import DAMAGE_MEANS, DAMAGE_TODO
 from pullback.repository.store import ID_NAME, Bytes, FileKind, buffers, describe, relative_path
 
@@ -32,6 +32,8 @@ _ADVICE = {
     errno.ENOENT: ("it is not there", "Check the path, and that it is mounted."),
     errno.EIO: ("the device reports an input/output error", "Check the disk, then the repository with restic check."),
 }
+
+_READING = ("read from", "list", "look into")
 
 
 class LocalStore:
@@ -53,8 +55,9 @@ class LocalStore:
         return (0o440, 0o750) if group else (0o400, 0o700)
 
     def create(self) -> None:
-        """Make the directory and all those below it, durably."""
+        """Make the directory and all those below it, durably; UsageError where other things lie."""
         with self._told("create"):
+            self._refuse_occupied()
             for parent in reversed([self.root, *self.root.parents]):
                 if not parent.is_dir():
                     parent.mkdir(mode=0o700)
@@ -64,6 +67,17 @@ class LocalStore:
                 (self.root / name).mkdir(mode=0o700, exist_ok=True)
             _fsync_directory(self.root / "data")
             _fsync_directory(self.root)
+
+    def _refuse_occupied(self) -> None:
+        ours = {*(kind.value for kind in FileKind), "lost+found"}
+        strange = [entry.name for entry in _scan(self.root) if entry.name not in ours and "-tmp-" not in entry.name]
+        if strange:
+            named = ", ".join(sorted(strange)[:3]) + (", …" if strange[3:] else "")
+            raise UsageError(
+                f"the directory {self.location} is no repository and is not empty: it holds {named}",
+                means="Nothing was made there.",
+                todo="Choose an empty directory, or one that is not there yet.",
+            )
 
     def save(self, kind: FileKind, name: str, data: Bytes | Sequence[Bytes]) -> None:
         """Store a file; on return its bytes and its name are on the disk."""
@@ -150,6 +164,8 @@ class LocalStore:
 
     def _tell(self, verb: str, error: OSError) -> NoReturn:
         reason, todo = _ADVICE.get(error.errno or 0, (error.strerror or str(error), None))
+        if todo is not None and verb in _READING:
+            todo = todo.replace("may write there", "may read there")
         raise RepositoryError(
             f"Cannot {verb} the repository {self.location}: {reason}",
             means="Backups stored earlier are untouched.",

@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Self
@@ -183,16 +183,18 @@ class RepositoryLock:
 
     def acquire(self) -> None:
         """Take the lock and keep it fresh; nothing of ours is left behind when this raises."""
-        deadline, told = time.monotonic() + self._retry, ""
+        deadline, told = time.monotonic() + self._retry, None
         self._stop.clear()
         self._lost = None
         while (other := self._try()) is not None:
             left = deadline - time.monotonic()
             if left <= 0 or self._given_up:
                 raise self._refusal(other)
-            if self._waiting and other.describe() != told:
-                told = other.describe()
-                self._waiting(f"Waiting for the repository, which is locked {told}")
+            # Not its time: who holds a lock long refreshes it every few minutes.
+            holder = replace(other, time=datetime.min)
+            if self._waiting and holder != told:
+                told = holder
+                self._waiting(f"Waiting for the repository, which is locked {other.describe()}")
             self._stop.wait(min(RETRY_EVERY, left))
         if self._acquired:
             self._acquired()
