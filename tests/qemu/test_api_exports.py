@@ -77,6 +77,8 @@ def test_a_uri_works_as_it_is_printed(api: Api) -> None:
     assert by_everybody(uri, api.stage.place)[BLOCK * 6] == 0x11
     assert dirty_map(uri, "one") == {1, 2}
     assert api.do("export", "list")["exports"][0]["uri"] == uri
+    assert api.attempt("export", "list").out.splitlines()[1].split()[:3] == ["vda", "own", "one"]
+    assert f"export vda of snapshot own: {uri}, changes since one" in api.attempt("domain", "show").out
     assert [export["uri"] for export in api.show()["exports"]] == [uri]
 
 
@@ -231,6 +233,20 @@ def test_names_that_cannot_be(api: Api) -> None:
     api.refused(2, "at most 107 bytes", "export", "start", "--snapshot", "own", "--socket", "/tmp/" + "x" * 120)
     done = api.attempt("export", "start", *start[2:], "-d", "vda", "--export-name", "vda=\udcff", env={})
     assert done.code == 2, done.err
+    # What the options alone tell is said before anything is connected to.
+    nobody = Api(api.stage, api.qemu)
+    nobody.domain = f"qmp:{api.stage.place}/nobody"
+    for said, *words in (
+        ("empty text", "--listen", ""),
+        ("no HOST", "--listen", ":10809"),
+        ("without TLS", "--listen", "127.0.0.1"),
+        ("at most 107 bytes", "--socket", "/tmp/" + "x" * 120),
+        ("holds no server-cert.pem", "--socket", "nbd", "--tls", api.stage.place),
+        ("at most 4096 bytes", *place, "--export-name", f"vda={'x' * 5000}"),
+    ):
+        nobody.refused(2, said, "export", "start", "--snapshot", "own", *words)
+    nobody.refused(2, "cannot name a snapshot", "snapshot", "create", "a b")
+    nobody.refused(2, "cannot name a checkpoint", "snapshot", "create", "--checkpoint", "a b")
     assert state_of(api.qemu) == before
 
 
@@ -443,6 +459,16 @@ def test_certificates_that_are_not_there(api: Api) -> None:
     for place in (("--listen", "127.0.0.1"), ("--socket", api.stage.place / "nbd")):
         words = ("export", "start", "--snapshot", "own", *place, "--tls", api.stage.place)
         api.refused(2, "holds no server-cert.pem", *words)
+
+
+def test_certificates_that_a_document_does_not_ask_for(api: Api, certificates: Path) -> None:
+    """Without a word the disks would go unencrypted."""
+    document = api.stage.place / "export.xml"
+    document.write_text(
+        f"<domainblockexport type='nbd'><address type='unix' path='{api.stage.place}/nbd'/>"
+        "<disk name='vda' snapshot='own'/></domainblockexport>"
+    )
+    api.refused(2, "says nothing of TLS", "export", "start", "--xml", document, "--tls", certificates)
 
 
 # -- found again --------------------------------------------------------------------------------------------------

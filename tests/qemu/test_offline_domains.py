@@ -98,7 +98,11 @@ def stopped(stage: Stage) -> Iterator[Stopped]:
 def test_snapshots_checkpoints_and_exports_of_a_stopped_domain(stopped: Stopped) -> None:
     assert "no checkpoint yet" in stopped.cli("domain show").out
     assert stopped.daemons() == []
-    made = stopped.cli("snapshot create", "one", "--checkpoint", "A", "--json").event("snapshot")
+    refused = stopped.attempt("snapshot create", "one", "--require-freeze")
+    assert refused.code == 2 and "the domain is stopped" in refused.err
+    done = stopped.cli("snapshot create", "one", "--checkpoint", "A", "--freeze", "--json")
+    assert "nothing needs freezing" in done.event("note")["message"]
+    made = done.event("snapshot")
     assert made["disks"] == ["vda", "vdb"]
     assert made["consistency"] == "crash"
     (daemon,) = stopped.daemons()
@@ -327,7 +331,9 @@ def test_what_is_not_opened(stage: Stage, tmp_path: Path) -> None:
         (f"{image},{other}", "two images are called vda"),
         (f"a={image},b={image}", "named twice"),
         (f"a b={image}", "cannot name a disk"),
-        (f"{image},", "cannot name a disk"),
+        (f"{image},", "no path"),
+        ("vda=", "vda= is followed by no path"),
+        ("vda=raw:", "vda=raw: is followed by no path"),
         (f"{nameless}", "looks like a qcow2 image"),
     ):
         done = inside(["domain", "show", f"disk:{spec}"], stage.environment())

@@ -10,6 +10,8 @@ import typer
 from pullback.cli import options as opt
 from pullback.cli.reporter import table
 from pullback.cli.working import OnDomain
+from pullback.errors import UsageError
+from pullback.model.chain import bitmap_name
 from pullback.model.units import human_bytes
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ def size(
     on = OnDomain(domain, config, json=json, trace=trace)
 
     async def ask(opened: Domain) -> tuple[Changes, ...]:
+        await _find(opened, name)
         return await opened.changes(name)
 
     changes = on.run(ask)
@@ -89,3 +92,13 @@ def size(
             for one in changes
         ],
     )
+
+
+async def _find(domain: Domain, name: str) -> None:
+    """UsageError, with those there are, where no disk has a bitmap of this checkpoint; one may be of no use."""
+    facts = await domain.facts()
+    bitmaps = [bitmap.name for device in facts.devices if device.root for bitmap in facts.disk(device).bitmaps]
+    first = bitmap_name(name, None)
+    if not any(bitmap == first or bitmap.startswith(f"{first}^") for bitmap in bitmaps):
+        there = ", ".join(point.name for point in await domain.checkpoints()) or "none"
+        raise UsageError(f"there is no checkpoint {name}", todo=f"There is {there}.")

@@ -68,6 +68,8 @@ def export_request(path: Path, tls: str | None, insecure: bool) -> tuple[str | N
         raise UsageError(f"{path} exports disks of {len(snapshots)} snapshots", todo="Write a document for each.")
     if document.address.tls and tls is None:
         raise UsageError(f"{path} wants TLS", todo="Name the directory of certificates with --tls.")
+    if tls is not None and not document.address.tls:
+        raise UsageError(f"{path} says nothing of TLS", todo="Write tls='yes' at its address, or leave --tls out.")
     address: Address
     if isinstance(document.address, IpAddress):
         address = TcpAddress(document.address.host, document.address.port or 0)

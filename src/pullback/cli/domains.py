@@ -121,9 +121,11 @@ def _view_lines(view: DomainView) -> list[str]:
         frozen = ", file systems frozen" if snapshot.consistency == "frozen" else ""
         lines.append(f"snapshot {snapshot.name}: {snapshot.time}{point}, disks {', '.join(snapshot.disks)}{frozen}")
         lines += [f"    {target} is broken: {snapshot.why_broken}" for target in snapshot.broken]
+    names = {snapshot.id: f"snapshot {snapshot.name}" for snapshot in view.snapshots}
     for export in view.exports:
+        of = "the domain's own disk" if export.snapshot is None else names.get(export.snapshot, export.snapshot)
         since = f", changes since {', '.join(export.checkpoints)}" if export.checkpoints else ""
-        lines.append(f"export {export.name}: {export.uri or 'address not known'}{since}")
+        lines.append(f"export {export.name} of {of}: {export.uri or 'address not known'}{since}")
     lines += [f"left over: snapshot {name}; pullback recover clears it" for name in view.left_over]
     return lines + (_next_lines(view.next_backup) if view.next_backup else [])
 

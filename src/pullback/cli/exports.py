@@ -58,6 +58,7 @@ def start(
 ) -> None:
     """Offer a snapshot's disks to any NBD client; prints a URI for each."""
     on = OnDomain(domain, config, json=json, trace=trace, dry_run=dry_run)
+    from pullback.engine.exporting import check_request
 
     if xml is not None:
         if snapshot or disk or since or all_checkpoints or socket or listen or export_name or writable:
@@ -71,6 +72,7 @@ def start(
         raise UsageError(
             "no snapshot was named", todo="Name one with --snapshot; --writable offers the domain's own disks."
         )
+    check_request(request)
     if snapshot is None and (since or all_checkpoints):
         raise UsageError("changes need a snapshot that they lead to", todo="Leave --since out, or name a --snapshot.")
 
@@ -139,7 +141,9 @@ def listen_address(socket: str | None, listen: str | None) -> Address | None:
         return None
     host, colon, port = listen.rpartition(":")
     if not colon or listen.endswith("]"):
-        return TcpAddress(listen.strip("[]"), 0)
+        host, port = listen, "0"
+    if not host.strip("[]"):
+        raise UsageError(f"{listen!r} names no HOST to listen at", todo="Write HOST or HOST:PORT, 127.0.0.1 for one.")
     if not port.isdigit() or not 0 <= int(port) < 1 << 16:
         raise UsageError(f"{listen!r} is not HOST or HOST:PORT")
     return TcpAddress(host.strip("[]"), int(port))
@@ -163,11 +167,19 @@ def list_exports(
     """List a domain's exports."""
     on = OnDomain(domain, config, json=json, trace=trace)
 
-    async def look(opened: Domain) -> tuple[Export, ...]:
-        return await opened.exports()
+    async def look(opened: Domain) -> tuple[tuple[Export, ...], dict[str | None, str]]:
+        return await opened.exports(), {one.id: one.name for one in await opened.snapshots()}
 
-    exports = on.run(look)
-    rows = [(one.name, one.snapshot or "-", ",".join(one.checkpoints) or "-", one.uri or "?") for one in exports]
+    exports, names = on.run(look)
+    rows = [
+        (
+            one.name,
+            names.get(one.snapshot, one.snapshot or "-"),
+            ",".join(one.checkpoints) or "-",
+            one.uri or "?",
+        )
+        for one in exports
+    ]
     on.reporter.answer(
         {"event": "exports", "exports": [_json(export) for export in exports]},
         table(("EXPORT", "SNAPSHOT", "CHANGES SINCE", "URI"), rows) if rows else ["no exports"],

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pullback.cli import options as opt
-from pullback.cli.reporter import table
+from pullback.cli.reporter import Reporter, table
 from pullback.cli.working import OnDomain
 from pullback.errors import UsageError
 
 if TYPE_CHECKING:
     from pullback.engine.domain import Domain
-    from pullback.engine.freezing import Snapshot, SnapshotRequest
+    from pullback.engine.freezing import Freeze, Snapshot, SnapshotRequest
 
 app = typer.Typer(help="Disks frozen at one instant.", no_args_is_help=False)
 
@@ -43,9 +43,11 @@ def create(
 ) -> None:
     """Freeze a domain's disks at one instant; the domain goes on, the snapshot stays until it is deleted."""
     on = OnDomain(domain, config, json=json, trace=trace, dry_run=dry_run, agent=agent)
-    from pullback.engine.freezing import SnapshotRequest
+    from pullback.engine.freezing import SnapshotRequest, check_names
 
     mode = opt.freeze_mode(freeze, require_freeze)
+    if on.options.images and mode != "no":
+        mode = _nothing_to_freeze(on.reporter, mode)
     if xml is not None:
         if name or checkpoint or disk:
             raise UsageError("--xml says which disks, name and checkpoint", todo="Leave them out of the command line.")
@@ -61,6 +63,7 @@ def create(
             scratch=scratch or on.options.scratch,
             method=opt.method_of(method),
         )
+    check_names(request)
 
     async def make(opened: Domain) -> Snapshot:
         return await opened.freeze(request)
@@ -68,6 +71,18 @@ def create(
     made = on.run(make)
     if not dry_run:
         on.reporter.answer({"event": "snapshot", **_json(made), **_how(made)}, _lines(made, request))
+
+
+def _nothing_to_freeze(reporter: Reporter, mode: Freeze) -> Freeze:
+    if mode == "require":
+        raise UsageError(
+            "the domain is stopped: there is no guest agent that could freeze its file systems",
+            todo="Leave --require-freeze out: the images are as the domain left them, clean if it was shut down.",
+        )
+    from pullback.engine.events import Note
+
+    reporter.emit(Note("the domain is stopped, so nothing needs freezing: its images are as it left them"))
+    return "no"
 
 
 def _json(snapshot: Snapshot) -> dict[str, Any]:

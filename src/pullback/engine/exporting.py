@@ -140,6 +140,13 @@ def _target(facts: Facts, state: ExportState) -> str:
     return frozen or next(own, "")
 
 
+def check_request(request: ExportRequest) -> None:
+    """UsageError for an address and names that cannot be, of whatever domain."""
+    check_address(request.address, request.tls, request.insecure)
+    for name in request.names.values():
+        _check_name(name)
+
+
 def _server(request: ExportRequest, running: ServerMark | None) -> ServerMark:
     """Where the NBD server is to listen; UsageError for an address that is unsafe or impossible.
 

@@ -102,22 +102,26 @@ def _found(state: SnapshotState) -> Snapshot:
     )
 
 
-def _check_names(facts: Facts, request: SnapshotRequest) -> None:
+def check_names(request: SnapshotRequest) -> None:
+    """UsageError for names that no snapshot and no checkpoint can have, of whatever domain."""
     if request.name and not is_checkpoint_name(request.name):
         raise UsageError(
             f"{request.name!r} cannot name a snapshot",
             todo="Use letters, digits and ._:+@-, beginning with one of the first two.",
         )
+    if request.checkpoint is not None and not is_checkpoint_name(request.checkpoint):
+        raise UsageError(
+            f"{request.checkpoint!r} cannot name a checkpoint",
+            todo="Use letters, digits and ._:+@-, beginning with one of the first two; at most 400.",
+        )
+
+
+def _check_free(facts: Facts, request: SnapshotRequest) -> None:
     if request.name and any(request.name == state.name for state in read_snapshots(facts) if not state.private):
         raise UsageError(f"there is a snapshot {request.name} already", todo="Delete it first, or use another name.")
     checkpoint = request.checkpoint
     if checkpoint is None:
         return
-    if not is_checkpoint_name(checkpoint):
-        raise UsageError(
-            f"{checkpoint!r} cannot name a checkpoint",
-            todo="Use letters, digits and ._:+@-, beginning with one of the first two; at most 400.",
-        )
     taken = bitmap_name(checkpoint, None)
     for device in facts.devices:
         if device.root and any(
@@ -151,10 +155,11 @@ def _scratch_paths(session: Session, request: SnapshotRequest, disks: Sequence[D
 
 async def freeze_disks(session: Session, request: SnapshotRequest, agent_path: str = "") -> Snapshot:
     """Freeze disks at one instant.  After a failure nothing of it is left, and no checkpoint."""
+    check_names(request)
     facts = await session.observe()
     disks = select_disks(facts, request.disks).disks
     method = choose_method(facts, disks, request.method)
-    _check_names(facts, request)
+    _check_free(facts, request)
     tracked = [disk for disk in disks if not disk.untracked]
     if request.checkpoint is not None and not tracked and not request.private:
         raise Refused(

@@ -43,6 +43,11 @@ def parse_images(text: str) -> tuple[Image, ...]:
         given, colon, path = rest.partition(":")
         if not colon or given not in ("qcow2", "raw"):
             given, path = "", rest
+        if not path:
+            raise UsageError(
+                f"{part} is followed by no path" if part else "a comma is followed by no path",
+                todo="Write TARGET=PATH for each disk.",
+            )
         image = _image(target or Path(path).name.partition(".")[0], path, given)
         if any(other.target == image.target for other in images):
             raise UsageError(f"two images are called {image.target}", todo="Write TARGET=PATH for each.")
