@@ -471,3 +471,18 @@ def test_a_proof_that_meets_a_lost_pack_says_how_to_mend_the_index(losing: Losin
     healed, _ = losing.backup(full=True, prove="all")
     same(losing.stage.contents(healed.id), state)
     losing.stage.restic.run("prune")
+
+
+def test_a_pushed_disk_is_read_whole_whatever_became_of_its_last_backup(
+    lab_dir: Path, bare_qemu: Callable[..., BareQemu]
+) -> None:
+    """The last backup can be read, but not how it cut the disk: that is in a pack of the one before."""
+    stage = Stage(lab_dir)
+    qemu = bare_qemu([stage.disk("vda", MIB, iothread=True)], running=True)
+    qemu.device_write("vda", 0, MIB, os.urandom(4096))
+    stage.backup(qemu)
+    victim = _smallest(list((stage.repo / "data").glob("*/*")))
+    stage.backup(qemu)
+    replace(victim, None)
+    state = references(qemu)
+    same(stage.contents(stage.backup(qemu, full=True).id), state)

@@ -17,7 +17,7 @@ from pullback.engine.prove import Proving
 from pullback.engine.pull import DiskCount, Pull
 from pullback.engine.push import PushedDisk, Writers
 from pullback.engine.reading import FrozenDisk
-from pullback.engine.survey import Offered, Survey, read_segment, survey
+from pullback.engine.survey import Offered, Survey, grids_like, read_segment, survey
 from pullback.errors import Damaged, RepositoryUnsupported
 from pullback.model.facts import Disk, Facts
 from pullback.model.manifest import BaseRef, DiskEntry, Manifest, parse_manifest
@@ -243,12 +243,15 @@ class Storing:
     def _cut(self, disk: Disk) -> Callable[[int], Grid]:
         """How each segment of a pushed disk is cut: as in the backup it builds on, or is like."""
         base = self.base(disk.target)
-        backup = base[0] if base else self._like(disk.target)
-        segments = {segment.number: segment for segment in backup.segments(disk.target)} if backup else {}
+        if base is None:
+            likes = grids_like(self._like(disk.target), disk.target, disk.virtual_size)
+            return lambda number: likes.get(number) or cold_grid(segment_size(number, disk.virtual_size))
+        backup = base[0]
+        segments = {segment.number: segment for segment in backup.segments(disk.target)}
 
         def cut(number: int) -> Grid:
             size = segment_size(number, disk.virtual_size)
-            found = read_segment(backup, segments[number], size) if backup and number in segments else None
+            found = read_segment(backup, segments[number], size) if number in segments else None
             return found.grid if found else cold_grid(size)
 
         return cut

@@ -129,7 +129,7 @@ def survey(
         grids = next_grids(dirty, known.grids)
         fetch = fetch_spans(dirty, disk.size, known.grids, grids, known.whole)
     else:
-        known, grids = _Base(), _grids(base[0] if base else like, disk)
+        known, grids = _Base(), grids_like(base[0] if base else like, disk.target, disk.size)
         fetch = [Span(0, disk.size)] if disk.size else []
     grid = DiskGrid(disk.size, grids)
     # Drawn before anything is let go: what was let go cannot be read any more.
@@ -198,13 +198,16 @@ def _with_empty(grid: Grid, ids: bytes) -> bytes:
     return bytes(slots)
 
 
-def _grids(like: StoredBackup | None, disk: Offered) -> dict[int, Grid]:
-    """How a disk that is read whole is to be cut: as it was last time, so that only what differs is stored."""
+def grids_like(like: StoredBackup | None, target: str, size: int) -> dict[int, Grid]:
+    """How a disk that is read whole is to be cut: as it was last time, so that only what differs is stored.
+
+    By number, the segments that are not cold; of what cannot be read of that backup none.
+    """
     grids: dict[int, Grid] = {}
     try:
-        for segment in like.segments(disk.target) if like else ():
-            inside = segment.number < segment_count(disk.size)
-            found = read_segment(like, segment, segment_size(segment.number, disk.size)) if like and inside else None
+        for segment in like.segments(target) if like else ():
+            inside = segment.number < segment_count(size)
+            found = read_segment(like, segment, segment_size(segment.number, size)) if like and inside else None
             if found and not found.grid.all_cold:
                 grids[segment.number] = found.grid
     except Damaged:

@@ -182,7 +182,7 @@ class IndexCache:
         return contents
 
     def pack_sizes(self) -> dict[PackId, int]:
-        """How many bytes each pack file must have; reads the whole file (0.2 s for a million blobs)."""
+        """How many bytes each pack file must have; reads the whole file, in about a second for a million blobs."""
         sizes = [EMPTY_PACK] * (len(self.pack_table) // ID)
         for first in range(0, self.buckets, _BUCKETS):
             numbers = array("I", b"".join(self.bucket_contents(first, min(first + _BUCKETS, self.buckets))))
