@@ -131,7 +131,7 @@ def test_a_cut_a_stretched_or_a_foreign_file(victim: tuple[FileKind, str], data:
     content = GOOD.files[victim]
     end = data.draw(st.integers(0, len(content) - 1))
     foreign = GOOD.files[data.draw(victims.filter(lambda other: other != victim))]
-    check(victim, data.draw(st.sampled_from([content[:end], content + b"\0", foreign, content[end:]])))
+    check(victim, data.draw(st.sampled_from([content[:end], content + b"\0", foreign, content[end + 1 :]])))
 
 
 # Without its snapshot file there is no backup, and without a lock nothing is amiss.

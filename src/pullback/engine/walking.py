@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pullback.errors import Damaged
 from pullback.repository.blob import BlobId
-from pullback.repository.layout import MANIFEST
+from pullback.repository.layout import MANIFEST, SEGMENT_NAME
 from pullback.repository.repository import Repository
 from pullback.repository.snapshots import Snapshot
 from pullback.repository.tree import Tree
@@ -65,7 +65,7 @@ def _walk_disk(repository: Repository, disk: str, place: BlobId, known: Containe
     for node in tree.nodes if tree is not None else ():
         if node.type != "dir" or node.subtree is None:
             continue
-        if not (node.name.isascii() and node.name.isdigit()):
+        if not SEGMENT_NAME.fullmatch(node.name):
             yield Piece(place, disk, wrong=f"the disk {disk} holds a directory {node.name!r}")
         elif node.subtree in known:
             yield Piece(node.subtree, disk, int(node.name), content=None)

@@ -22,8 +22,9 @@ PackId = NewType("PackId", bytes)
 # beyond it is damage, and is never allocated.
 MAX_BLOB = 1 << 29
 
-# Index and snapshot files are a few MiB (restic aims below 8 MiB, sealed).
-MAX_DOCUMENT = 1 << 30
+# Index files are the largest, a few MiB (restic aims below 8 MiB, sealed).  Python's objects take up to 25 times as
+# much as the JSON they are made from.
+MAX_DOCUMENT = 64 << 20
 
 
 class CompressionBroken(Exception):

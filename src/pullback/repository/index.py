@@ -30,6 +30,10 @@ from pullback.repository.pack import EMPTY_PACK, PackedBlob, add_entries
 # One index file holds at most this many blobs, which keeps it near restic's 8 MiB.
 MAX_INDEX_BLOBS = 50_000
 
+# One blob lies in a few packs, and ids are hashes: 300 is the longest search in a table of 16 million.  A list of ids
+# that were chosen to collide would take hours.
+MAX_SEARCH = 4096
+
 _COMPRESSED = 1 << 31
 _first_slot = struct.Struct("<Q").unpack_from
 _T = TypeVar("_T")
@@ -64,7 +68,10 @@ class _Table:
             slot = (slot + 1) & mask
 
     def insert(self, pack: int, blobs: list[PackedBlob]) -> None:
-        """Enter blobs of the pack with this number; written for speed: an index of 1 TiB has 4 million."""
+        """Enter blobs of the pack with this number; written for speed: an index of 1 TiB has 4 million.
+
+        Raises IndexBroken where too many ids are alike.
+        """
         count = len(self.ids) // 32
         if (count + len(blobs)) * 3 > len(self.slots) * 2:
             self._grow(count + len(blobs))
@@ -74,9 +81,11 @@ class _Table:
             ids += blob
             numbers.extend((pack, offset, length, length - OVERHEAD if plain is None else plain | _COMPRESSED))
             count += 1
-            slot = _first_slot(blob)[0] & mask
+            slot = first = _first_slot(blob)[0] & mask
             while slots[slot]:
                 slot = (slot + 1) & mask
+            if (slot - first) & mask > MAX_SEARCH:
+                raise IndexBroken(f"{MAX_SEARCH} ids are alike")
             slots[slot] = count
 
     def _grow(self, count: int) -> None:
@@ -168,7 +177,10 @@ class Index:
         return sizes
 
     def add_pack(self, pack: PackId, blobs: Iterable[PackedBlob]) -> None:
-        """Enter the blobs of a pack; what is known of it already (from another index file) is not entered twice."""
+        """Enter the blobs of a pack; what is known of it already (from another index file) is not entered twice.
+
+        Raises IndexBroken for ids that no hash has; the index is of no more use then.
+        """
         with self._lock:
             number = self._pack_numbers.get(pack, len(self._packs))
             known = number < len(self._packs)

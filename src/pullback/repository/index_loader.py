@@ -159,9 +159,9 @@ class _Reading:
                 continue
             try:
                 packs, superseded = decode_index(document)
+                take(packs)
             except IndexBroken as error:
                 raise damaged(FileKind.INDEX, name, str(error)) from None
-            take(packs)
             self.done.add(name)
             self.replaced |= self._listed.intersection(superseded)
         return complete and not self.replaced - self._skip

@@ -31,7 +31,10 @@ SEGMENT = 256 << 20
 MANIFEST = "domain.json"
 
 _MANIFEST_PIECE = 4 << 20
-_SEGMENT_NAME = re.compile(r"[0-9]{4,}")
+# Longer numbers are no disk's, and Python refuses to read very long ones.
+SEGMENT_NAME = re.compile(r"[0-9]{4,9}")
+# The definition of a domain is most of it.
+_MAX_MANIFEST = 64 << 20
 _MAX_NAME = 255
 
 
@@ -163,6 +166,10 @@ class StoredBackup:
         node = self._root.find(MANIFEST)
         if node is None or node.content is None:
             raise self._wrong(f"there is no {MANIFEST}")
+        # One large blob named again and again is a few bytes here, and all of the memory there.
+        size = sum(length or 0 for length in self._repository.index.lengths(BlobKind.DATA, node.content))
+        if size > _MAX_MANIFEST:
+            raise self._wrong(f"its {MANIFEST} has {size} bytes")
         return b"".join(self._repository.load_blob(BlobKind.DATA, blob) for blob in node.content)
 
     def disks(self) -> list[str]:
@@ -189,7 +196,7 @@ class StoredBackup:
         ]
 
     def _number(self, disk: str, node: Node) -> int:
-        if not _SEGMENT_NAME.fullmatch(node.name):
+        if not SEGMENT_NAME.fullmatch(node.name):
             raise self._wrong(f"the disk {disk} holds a directory {node.name!r}")
         return int(node.name)
 

@@ -99,7 +99,7 @@ class LockFile:
             numbers = [int(fields.get(field, 0)) for field in ("pid", "uid", "gid")]
             host, user = str(fields.get("hostname", "")), str(fields.get("username", ""))
             return cls(parse_time(fields["time"]), bool(fields.get("exclusive", False)), host, user, *numbers)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise damaged(FileKind.LOCKS, name, f"{type(error).__name__}: {error}") from None
 
     def owner_died(self, hostname: str) -> bool:
@@ -120,7 +120,7 @@ class LockFile:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no process has a number that large
         return False
     except PermissionError:
         return True

@@ -44,7 +44,7 @@ from pullback.repository.pack import PackedBlob, parse_pack
 from pullback.repository.polynomial import random_polynomial
 from pullback.repository.presence import PackPresence
 from pullback.repository.snapshots import Snapshot, SnapshotBroken, SnapshotFiles, decode_snapshot, encode_snapshot
-from pullback.repository.store import Bytes, FileKind, Store
+from pullback.repository.store import ID_NAME, Bytes, FileKind, Store
 from pullback.repository.tree import Tree, TreeBroken, decode_tree, go_time
 from pullback.repository.writer import COMPRESSION_LEVEL, PackWriter, PendingIndex
 
@@ -360,8 +360,10 @@ def _read_config(store: Store, key: Key) -> tuple[str, int]:
     document = load_document(store, key, FileKind.CONFIG, CONFIG)
     try:
         fields = json.loads(document)
-        version, repository_id = int(fields["version"]), bytes.fromhex(fields["id"]).hex()
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        version, repository_id = int(fields["version"]), str(fields["id"])
+        if not ID_NAME.fullmatch(repository_id):  # it names a folder of the cache
+            raise ValueError("the repository's id is not 32 bytes")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise damaged(FileKind.CONFIG, CONFIG, type(error).__name__) from None
     if version not in READABLE_VERSIONS:
         raise RepositoryUnsupported(

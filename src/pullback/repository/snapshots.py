@@ -87,12 +87,12 @@ def decode_snapshot(document: bytes, name: str) -> Snapshot:
             gid=int(fields.get("gid", 0)),
             excludes=_texts(fields.get("excludes")),
             tags=_texts(fields.get("tags")),
-            parent=fields.get("parent"),
-            original=fields.get("original"),
+            parent=_optional(fields.get("parent")),
+            original=_optional(fields.get("original")),
             program_version=_text(fields.get("program_version", "")),
             id=name,
         )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise SnapshotBroken(f"{type(error).__name__}: {error}") from None
 
 
@@ -100,6 +100,10 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError("a text is not one")
     return value
+
+
+def _optional(value: Any) -> str | None:
+    return None if value is None else _text(value)
 
 
 def _texts(values: Any) -> tuple[str, ...]:

@@ -24,6 +24,10 @@ ZERO_TIME = "0001-01-01T00:00:00Z"
 EPOCH = "1970-01-01T00:00:00Z"
 
 
+# A directory of a disk of 90 TiB.  Python's objects take up to 25 times as much as the JSON they are made from.
+MAX_TREE = 128 << 20
+
+
 class TreeBroken(Exception):
     """A tree blob's document is not one.  Never leaves this package."""
 
@@ -91,6 +95,8 @@ def _fields(node: Node) -> dict[str, Any]:
 
 def decode_tree(document: bytes) -> Tree:
     """The inverse of encode_tree; fields we have no use for are passed over; raises TreeBroken."""
+    if len(document) > MAX_TREE:
+        raise TreeBroken(f"it has {len(document)} bytes, {MAX_TREE} at most make sense")
     try:
         nodes = json.loads(document)["nodes"] or []
         return Tree(tuple(_node(fields) for fields in nodes))
@@ -204,7 +210,10 @@ def go_time(moment: datetime) -> str:
 
 
 def parse_time(text: str) -> datetime:
-    """The moment that Go wrote (nanoseconds are cut to microseconds); raises ValueError."""
+    """The moment that Go wrote (nanoseconds are cut to microseconds); raises ValueError.
+
+    So it does for the year 1 in a zone where it is the year 0 in UTC.
+    """
     head, dot, rest = text.partition(".")
     if dot:
         digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
@@ -212,4 +221,8 @@ def parse_time(text: str) -> datetime:
     moment = datetime.fromisoformat(text)
     if moment.tzinfo is None:
         raise ValueError(f"{text!r} has no time zone")
+    try:
+        moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError(f"{text!r} is no time in UTC") from None
     return moment
