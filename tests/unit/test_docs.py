@@ -33,6 +33,7 @@ from pullback.model.units import CHUNK, HOT_CHUNK, MIB, SEGMENT
 from pullback.plan.freeze import CBW_TIMEOUT
 from pullback.plan.grid import WIDELY
 from pullback.plan.prove import SAMPLE
+from tests.support import fake_guestfish
 from tests.support.backups import open_repository, store_backup
 from tests.support.markdown import code_blocks, named, plain, rows, sections, without_code
 from tests.support.product import Done, Stage
@@ -174,6 +175,10 @@ def every_command(stage: Stage, lab_dir: Path) -> Iterator[tuple[str, Done]]:
     yield "restore", stage.cli("restore", "web@latest", "--into", f"disk:{disks[0].path}", "--disk", "vda", "--json")
     with serving(stage, "web@latest") as server:
         yield "serve", server.end()
+    guestfish = {**fake_guestfish.install(lab_dir / "bin"), "FAKE_GUESTFISH": "kvm-fails"}
+    yield "files", stage.cli("files", "web@latest", "--json", env=guestfish)
+    yield "files", stage.cli("files", "web@latest", "/etc", "--json", env=guestfish)
+    yield "files", stage.cli("files", "web@latest", "/hello", "--to", lab_dir / "files", "--json", env=guestfish)
     yield from every_command_of_restic(stage, lab_dir)
     yield "show", stage.cli("show", "web@latest", "--json")
     big = max((stage.repo / "data").glob("*/*"), key=lambda path: path.stat().st_size)
@@ -239,6 +244,8 @@ def inner_objects(event: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
         ("backups", "one of backups", "backups"),
         ("restore", "one of a restore's disks", "disks"),
         ("restore_in_place", "one of a restore in place's disks", "disks"),
+        ("filesystems", "one of filesystems", "filesystems"),
+        ("files", "one of entries", "entries"),
         ("serving", "one of a serving's exports", "exports"),
         ("verified", "one of damages", "damages"),
         ("retention", "one of a retention's backups", "keep"),

@@ -17,6 +17,7 @@ from pullback.cli import (
     checkpoints,
     domains,
     exports,
+    files,
     repositories,
     restoring,
     serving,
@@ -43,6 +44,7 @@ app.command("backup", cls=backups.BackupCommand)(backups.backup)
 app.command("list")(backups.list_backups)
 app.command("restore")(restoring.restore)
 app.command("serve")(serving.serve)
+app.command("files")(files.files)
 app.command("boot")(booting.boot)
 app.command("recover")(domains.recover)
 app.command("show")(verifying.show)
