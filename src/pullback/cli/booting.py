@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 
 def boot(
-    backup_id: Annotated[
-        str, typer.Argument(metavar="BACKUP", help="A backup's id or the unique start of one, latest, or DOMAIN@latest")
-    ],
+    backup_id: opt.Backup,
     arguments: Annotated[
         list[str] | None,
         typer.Argument(metavar="[-- QEMU-ARGUMENTS]", help="QEMU's; they replace pullback's that name the same"),

@@ -50,6 +50,16 @@ DomainArgument = Annotated[
         help="qmp:PATH (a QMP socket), disk:[TARGET=]PATH[,…] (a stopped domain), or a name from the configuration",
     ),
 ]
+Backup = Annotated[
+    str, typer.Argument(metavar="BACKUP", help="A backup's id or the unique start of one, latest, or DOMAIN@latest")
+]
+Backups = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[BACKUP]...", help="Ids or unique starts of them, latest, or DOMAIN@latest"),
+]
+OfDomain = Annotated[
+    str | None, typer.Option("--domain", metavar="DOMAIN", help="Only backups of this domain (its name there)")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be sent to QEMU, and change nothing")]
 TraceOption = Annotated[bool, typer.Option("--trace", help="Print every command sent to QEMU and its reply")]
 AgentSocket = Annotated[
@@ -112,6 +122,8 @@ def method_of(given: str | None) -> Method | None:
 
 __all__ = [
     "AgentSocket",
+    "Backup",
+    "Backups",
     "CacheDir",
     "ConfigFile",
     "Disks",
@@ -122,6 +134,7 @@ __all__ = [
     "LockRetry",
     "MethodOption",
     "NoCache",
+    "OfDomain",
     "PasswordCommand",
     "PasswordFile",
     "Repo",

@@ -21,13 +21,6 @@ _SPAN = re.compile("([0-9]+[ymdh])+")
 
 app = typer.Typer(help="The passwords of a repository.", no_args_is_help=False)
 
-Backups = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[BACKUP]...", help="Ids or unique starts of them, latest, or DOMAIN@latest"),
-]
-OfDomain = Annotated[
-    str | None, typer.Option("--domain", metavar="DOMAIN", help="Only backups of this domain (its name there)")
-]
 ResticDryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done")]
 NewPassword = Annotated[
     str | None,
@@ -40,8 +33,8 @@ def _keep(what: str) -> Any:
 
 
 def forget(
-    backup: Backups = None,
-    domain: OfDomain = None,
+    backup: opt.Backups = None,
+    domain: opt.OfDomain = None,
     keep_last: Annotated[int | None, typer.Option("--keep-last", metavar="N", min=1, help="Keep the last N")] = None,
     keep_hourly: Annotated[int | None, _keep("hourly")] = None,
     keep_daily: Annotated[int | None, _keep("daily")] = None,
@@ -182,8 +175,8 @@ def check(
 
 def copy(
     to: Annotated[str, typer.Option("--to", metavar="LOCATION", help="The repository to copy to; it has to be there")],
-    backup: Backups = None,
-    domain: OfDomain = None,
+    backup: opt.Backups = None,
+    domain: opt.OfDomain = None,
     to_password_file: Annotated[
         str | None,
         typer.Option("--to-password-file", metavar="FILE", help="A file with its password [that of the first]"),

@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 
 def restore(
-    backup_id: Annotated[
-        str, typer.Argument(metavar="BACKUP", help="A backup's id or the unique start of one, latest, or DOMAIN@latest")
-    ],
+    backup_id: opt.Backup,
     to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="The directory for the new images")] = None,
     into: Annotated[
         str | None,

@@ -22,9 +22,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def serve(
-    backup_id: Annotated[
-        str, typer.Argument(metavar="BACKUP", help="A backup's id or the unique start of one, latest, or DOMAIN@latest")
-    ],
+    backup_id: opt.Backup,
     disk: opt.Disks = None,
     socket: Annotated[
         str | None,

@@ -13,7 +13,6 @@ from pullback.cli.backups import manifest_json
 from pullback.cli.interrupts import run_interruptible
 from pullback.cli.passwords import CacheOptions, repository_opener
 from pullback.cli.reporter import Reporter
-from pullback.cli.repositories import Backups, OfDomain
 from pullback.engine.events import Note
 from pullback.errors import DamageFound, UsageError
 from pullback.model.units import human_bytes
@@ -29,9 +28,7 @@ _MOST_RANGES = 10
 
 
 def show(
-    backup: Annotated[
-        str, typer.Argument(metavar="BACKUP", help="A backup's id or the unique start of one, latest, or DOMAIN@latest")
-    ],
+    backup: opt.Backup,
     repo: opt.Repo = None,
     password_file: opt.PasswordFile = None,
     password_command: opt.PasswordCommand = None,
@@ -100,9 +97,9 @@ def _disk_lines(disk: DiskEntry, bases: dict[str, str | None]) -> list[str]:
 
 
 def verify(
-    backup: Backups = None,
+    backup: opt.Backups = None,
     everything: Annotated[bool, typer.Option("--all", help="Verify all backups that pullback stored")] = False,
-    domain: OfDomain = None,
+    domain: opt.OfDomain = None,
     data: Annotated[bool, typer.Option("--data", help="Read all data of these backups, too")] = False,
     repo: opt.Repo = None,
     password_file: opt.PasswordFile = None,
