@@ -152,6 +152,7 @@ def test_what_is_kept_is_copied_backed_up_and_gone_on_with_when_the_command_is_k
             assert world.backup_of(again) == ("full", bytes(world.written))
             world.hurry()
             assert again.read("streamed"), again.lines
+            assert not list((world.stage.repo / "locks").iterdir())
             world.write(MIB, 4096, 0xA5)
             assert world.backup_of(again) == ("incremental", bytes(world.written))
             os.kill(int(str(world.told(first)["pid"])), signal.SIGKILL)
@@ -162,11 +163,15 @@ def test_what_is_kept_is_copied_backed_up_and_gone_on_with_when_the_command_is_k
     world.judge()
     with world.booting() as alone:
         world.write(2 * MIB, 4096, 0xA6)
+        assert world.backup_of(alone) == ("full", bytes(world.written))  # a killed QEMU stores no bitmaps
         done = alone.end(signal.SIGTERM)
         assert done.code == 130
         assert "boot it again" in done.event("error")["message"]
         assert not lives(int(str(world.told(alone)["pid"])))
     world.judge()
+    bitmaps = images.info(world.image)["format-specific"]["data"]["bitmaps"]
+    assert bitmaps
+    assert not [bitmap for bitmap in bitmaps if "in-use" in bitmap["flags"]]
 
 
 @pytest.mark.fault(Fault.QEMU_KILLED_IN_THE_DATA)
