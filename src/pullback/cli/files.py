@@ -43,8 +43,8 @@ def files(
         Path | None, typer.Option("--to", metavar="DIR", help="Extract the paths into this new or empty directory")
     ] = None,
     filesystem: Annotated[
-        str, typer.Option("--filesystem", metavar="NAME", help="In this one: device, label or UUID from the list")
-    ] = "",
+        str | None, typer.Option("--filesystem", metavar="NAME", help="In this one: device, label or UUID of the list")
+    ] = None,
     disk: opt.Disks = None,
     repo: opt.Repo = None,
     password_file: opt.PasswordFile = None,
@@ -63,7 +63,7 @@ def files(
     from pullback.engine.files import Files, FilesRequest
 
     reporter = Reporter(json)
-    request = FilesRequest(backup_id, tuple(paths or ()), to, filesystem, tuple(disk or ()), lock_retry)
+    request = FilesRequest(backup_id, tuple(paths or ()), to, filesystem or "", tuple(disk or ()), lock_retry)
     work = Files(request, opener, reporter.emit)
     result = run_interruptible(work.run(), stop=work.stop)
     if not paths:
