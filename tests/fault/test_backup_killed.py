@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,14 +17,13 @@ import pytest
 from lab.processes import wait_for
 from lab.qemu import BareQemu
 from pullback.engine.pull import Pull
-from pullback.repository import locks
 from pullback.repository.layout import BackupBuilder
 from pullback.repository.local_store import LocalStore
 from pullback.repository.repository import Repository
 from pullback.repository.writer import PackWriter
 from tests.support import dying
-from tests.support.backups import open_repository, read_disk
-from tests.support.product import KIB, MIB, Stage, chain, leftovers, references, run_state, same
+from tests.support.life import Life
+from tests.support.product import MIB, Stage, chain, leftovers, references, run_state, same
 from tests.support.survival import Fault, survives
 
 Start = Callable[..., BareQemu]
@@ -41,64 +40,14 @@ IN_THE_DATA = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def small_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Locks that need not settle: nobody else is at these repositories, and there are many backups."""
-    monkeypatch.setattr(locks, "SETTLE", 0.0)
-    yield
-
-
-class Life:
-    """A running domain with two disks, its backups, and what each of them must hold."""
-
-    def __init__(self, place: Path, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.stage = Stage(place)
-        for module in ("backup", "freezing"):
-            monkeypatch.setattr(f"pullback.engine.{module}.DEFAULT_BASE", str(self.stage.scratch))
-        disks = [self.stage.disk("vda", 2 * MIB + 512), self.stage.disk("vdb", MIB)]
-        self.qemu = start(disks, running=True)
-        self.states: dict[str, dict[str, bytes]] = {}
-        self._fill = 0
-        self.go_on()
-        self.backup(mode="full")
-
-    def go_on(self) -> None:
-        """The domain writes something."""
-        self._fill = self._fill % 250 + 1
-        self.qemu.device_write("vda", (self._fill * 37) % 30 * 64 * KIB, 70 * KIB, self._fill)
-        self.qemu.device_write("vdb", (self._fill * 11) % 15 * 64 * KIB, 4096, self._fill)
-        self.qemu.device_zero("vda", (self._fill * 53) % 30 * 64 * KIB, 64 * KIB, unmap=True)
-
-    def backup(self, mode: str = "incremental") -> None:
-        state = references(self.qemu)
-        made = self.stage.backup(self.qemu)
-        assert {disk.mode for disk in made.manifest.disks} == {mode}
-        self.states[made.id] = state
-        self.judge(made.id)
-
-    def judge(self, backup: str) -> None:
-        repository = open_repository(self.stage.repo)
-        same({disk: read_disk(repository, backup, disk) for disk in ("vda", "vdb")}, self.states[backup])
+class Killed(Life):
+    """A domain whose backups get signals."""
 
     def hit(self, point: dying.Point, number: signal.Signals) -> tuple[int, bool]:
         """A backup hit at ``point``: its exit code, and whether the backup is there nevertheless, and then right."""
         self.go_on()
         code = dying.hit_backup(self.stage, self.qemu, point, number)
-        extra = set(self.stage.listed()) - set(self.states)
-        assert len(extra) <= 1
-        for backup in extra:
-            self.states[backup] = references(self.qemu)
-            self.judge(backup)
-        return code, bool(extra)
-
-    def chains(self) -> list[dict[str, bool]]:
-        return [chain(self.qemu, disk) for disk in ("vda", "vdb")]
-
-    def nothing_left(self) -> None:
-        assert leftovers(self.qemu, self.stage.scratch) == []
-        assert list((self.stage.repo / "locks").iterdir()) == []
-        for names in self.chains():
-            assert sum(names.values()) == 1
+        return code, self.adopt(references(self.qemu))
 
     def recovers(self, fault: Fault, point: dying.Point) -> None:
         """Killed at ``point``; the domain runs on, and the next backup mends everything."""
@@ -125,35 +74,32 @@ class Life:
 
 
 @pytest.fixture
-def life(lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch) -> Life:
-    return Life(lab_dir, bare_qemu, monkeypatch)
+def life(lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch) -> Killed:
+    return Killed(lab_dir, bare_qemu, monkeypatch)
 
 
-def test_killed_before_every_command(life: Life) -> None:
-    count = dying.commands_of(life.stage, life.qemu)
-    life.states |= {backup: references(life.qemu) for backup in life.stage.listed() if backup not in life.states}
+def test_killed_before_every_command(life: Killed) -> None:
+    count = len(life.commands())
     assert count > 30
     for at in range(1, count):
         life.recovers(Fault.KILLED_AT_A_COMMAND, dying.before_command(at))
     life.stage.restic.check()
 
 
-def test_killed_while_qemu_works_on_a_command(life: Life) -> None:
-    count = dying.commands_of(life.stage, life.qemu)
-    life.states |= {backup: references(life.qemu) for backup in life.stage.listed() if backup not in life.states}
+def test_killed_while_qemu_works_on_a_command(life: Killed) -> None:
+    count = len(life.commands())
     for at in range(1, count, 2):
         life.recovers(Fault.KILLED_AT_A_COMMAND, dying.after_sending(at))
 
 
-def test_killed_while_data_flows(life: Life) -> None:
+def test_killed_while_data_flows(life: Killed) -> None:
     for point in IN_THE_DATA:
         life.recovers(Fault.KILLED_IN_THE_DATA, point)
     life.stage.restic.check()
 
 
-def test_interrupted_at_every_command(life: Life) -> None:
-    count = dying.commands_of(life.stage, life.qemu)
-    life.states |= {backup: references(life.qemu) for backup in life.stage.listed() if backup not in life.states}
+def test_interrupted_at_every_command(life: Killed) -> None:
+    count = len(life.commands())
     taken_back = [
         life.takes_back(
             Fault.STOPPED_AT_A_COMMAND, dying.before_command(at), signal.SIGINT if at % 2 else signal.SIGTERM
@@ -165,7 +111,7 @@ def test_interrupted_at_every_command(life: Life) -> None:
     life.backup()
 
 
-def test_interrupted_while_data_flows(life: Life) -> None:
+def test_interrupted_while_data_flows(life: Killed) -> None:
     taken_back = [life.takes_back(Fault.STOPPED_IN_THE_DATA, point, signal.SIGTERM) for point in IN_THE_DATA]
     # The third point is in the commit, which is carried to its end.
     assert taken_back == [True] * 2 + [False] * 7

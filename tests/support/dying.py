@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backups that a signal hits at a chosen point, in a forked child."""
+"""Backups that a signal, or any other blow, hits at a chosen point; mostly in a forked child."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from pullback.qemu.monitor import Monitor
 from tests.support.backups import open_repository
 from tests.support.product import Stage, forked
 
+#: What happens at a point: a signal to this process, or anything else.
+Blow = signal.Signals | Callable[[], None]
 #: A point to be hit at: a context manager that arms it around the backup.
-Point = Callable[[signal.Signals], Any]
+Point = Callable[[Blow], Any]
 
 
 def changes_something(command: str) -> bool:
@@ -29,8 +31,11 @@ def changes_something(command: str) -> bool:
     return bool(command) and not command.startswith(("query-", "x-debug-", "qom-get"))
 
 
-def _hit(number: signal.Signals) -> None:
-    os.kill(os.getpid(), number)
+def _hit(blow: Blow) -> None:
+    if isinstance(blow, signal.Signals):
+        os.kill(os.getpid(), blow)
+    else:
+        blow()
 
 
 def before_command(count: int) -> Point:
@@ -45,7 +50,7 @@ def after_sending(count: int) -> Point:
 
 def _around_command(count: int, sent: bool) -> Point:
     @contextmanager
-    def point(number: signal.Signals) -> Iterator[None]:
+    def point(blow: Blow) -> Iterator[None]:
         execute: Callable[..., Awaitable[Any]] = Monitor.execute
         left = count
 
@@ -54,12 +59,12 @@ def _around_command(count: int, sent: bool) -> Point:
             left -= changes_something(command)
             if left == 0 and changes_something(command):
                 if not sent:
-                    _hit(number)
+                    _hit(blow)
                     return await execute(self, command, arguments, *more)
                 running = asyncio.ensure_future(execute(self, command, arguments, *more))
                 for _ in range(10):  # the client's writer is a task of its own
                     await asyncio.sleep(0)
-                _hit(number)
+                _hit(blow)
                 return await running
             return await execute(self, command, arguments, *more)
 
@@ -73,7 +78,7 @@ def at_call(owner: Any, name: str, count: int = 1, after: bool = False) -> Point
     """Before (or after) the ``count``-th call of a method, on whatever thread that is."""
 
     @contextmanager
-    def point(number: signal.Signals) -> Iterator[None]:
+    def point(blow: Blow) -> Iterator[None]:
         method = getattr(owner, name)
         left = count
 
@@ -81,10 +86,10 @@ def at_call(owner: Any, name: str, count: int = 1, after: bool = False) -> Point
             nonlocal left
             left -= 1
             if left == 0 and not after:
-                _hit(number)
+                _hit(blow)
             result = method(*arguments, **keywords)
             if left == 0 and after:
-                _hit(number)
+                _hit(blow)
             return result
 
         with mock.patch.object(owner, name, hit):
@@ -93,11 +98,11 @@ def at_call(owner: Any, name: str, count: int = 1, after: bool = False) -> Point
     return point
 
 
-def hit_backup(stage: Stage, qemu: Qemu, point: Point, number: signal.Signals, **more: Any) -> int:
-    """A backup in a child that gets signal ``number`` at ``point``; its exit code, or minus the signal."""
+def hit_backup(stage: Stage, qemu: Qemu, point: Point, blow: Blow, **more: Any) -> int:
+    """A backup in a child that ``blow`` hits at ``point``; its exit code, or minus the signal."""
 
     def work() -> int:
-        with point(number):
+        with point(blow):
             try:
                 run_interruptible(run_backup(stage.request(qemu, **more), lambda: open_repository(stage.repo), silent))
             except Interrupted:

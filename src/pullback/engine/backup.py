@@ -171,6 +171,10 @@ async def _backup(
         # Asked to end when the backup existed already: all that was left to do is done, or waits for the next one.
         if storing.committed is None:
             raise
+    except DomainError as error:
+        if storing.committed is None:
+            raise
+        emit(Note(f"The backup is stored, but QEMU could not be told of its end: {error}"))
     manifest, backup = storing.result
     return BackupResult(
         id=backup,

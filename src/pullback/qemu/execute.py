@@ -101,7 +101,8 @@ async def _stopped(monitor: Monitor, guard: Guard) -> AsyncIterator[None]:
                 await guard.disarm()
             yield
         finally:
-            if not events.empty():
+            # Without a connection it is the guard who continues it, and why it was lost is what has to be told.
+            if not events.empty() and not monitor.lost:
                 await asyncio.shield(_continue(monitor, guard))
 
 

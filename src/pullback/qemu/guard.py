@@ -14,7 +14,6 @@ soon as the kernel has closed the dead one's.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import socket
@@ -60,12 +59,19 @@ def _undo(kind: str, path: str) -> None:
 
 
 def _persist(kind: str, path: str) -> None:
-    """Undo, once the other side takes the connection; an error in between means trying again."""
+    """Undo, once the other side takes the connection; an error in between means trying again.
+
+    Where nobody listens QEMU has ended, and so has what was paused or frozen.
+    """
     deadline = time.monotonic() + PERSISTENCE
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, ValueError):
+        try:
             _undo(kind, path)
             return
+        except (ConnectionRefusedError, FileNotFoundError):
+            return
+        except (OSError, ValueError):
+            pass
         time.sleep(0.05)
 
 

@@ -171,7 +171,11 @@ class Monitor:
             ) from error
         except (QMPError, StateError, EOFError, OSError) as error:
             self.lost = True
-            raise DomainUnreachable(f"the connection to QEMU on {self.path} was lost during {command}") from error
+            raise DomainUnreachable(
+                f"the connection to QEMU on {self.path} was lost during {command}",
+                means="It is not known whether the command was carried out.",
+                todo="If QEMU has ended, start the domain. The next pullback command clears what is left.",
+            ) from error
         self._note(command, arguments, result)
         return result
 
