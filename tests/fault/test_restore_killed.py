@@ -194,7 +194,7 @@ def test_qemu_gone(kept: Kept, backup: str, lab_dir: Path) -> None:
         assert daemons[-1]._process is not None
         daemons[-1]._process.kill()
 
-    with mock.patch.object(StorageDaemon, "__enter__", seen), nth_time(NbdConnection, "submit_write", 20, kill):
+    with mock.patch.object(StorageDaemon, "__enter__", seen), nth_time(Target, "_save_state", 6, kill):
         fails(kept, backup, lab_dir / "to", TransferError)
     goes_on(kept, backup, lab_dir / "to")
 
@@ -239,7 +239,7 @@ def stopped(kept: Kept, backup: str, to: Path) -> None:
     """A restore that is stopped in the middle."""
     restore = Restore(RestoreRequest(backup, to), lambda: open_repository(kept.repo), lambda event: None)
     with (
-        nth_time(NbdConnection, "submit_write", 20, lambda *_: restore.stop()),
+        nth_time(Target, "_save_state", 6, lambda *_: restore.stop()),
         pytest.raises(RestoreError, match=r"interrupted\. What was restored is kept"),
     ):
         restore.run()

@@ -33,7 +33,7 @@ def writes(place: Path, domain: str, seed: int) -> list[bytes]:
     return [shared + chance.randbytes(512 * KIB) for _ in range(3)]
 
 
-def write_backups(place: Path, domain: str, seed: int, retry: float = 60.0) -> None:
+def write_backups(place: Path, domain: str, seed: int, retry: float = 150.0) -> None:
     for day, data in enumerate(writes(place, domain, seed)):
         repository = open_repository(place)
         with repository.lock(retry=retry):

@@ -105,14 +105,14 @@ class Secrets:
 
 
 class IndexCache:
-    """An open cache; lookups from any thread.  It stays as it is when another process replaces the file.
+    """An open cache, by its path or an open descriptor; lookups from any thread.
 
-    Every method raises CacheBroken when what it reads is not what was written.
+    It stays as it is when another process replaces the file.  Every method raises CacheBroken when what it reads is not what was written.
     """
 
-    def __init__(self, path: Path, secrets: Secrets, repository_id: str) -> None:
+    def __init__(self, file: Path | int, secrets: Secrets, repository_id: str) -> None:
         try:
-            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._file = os.dup(file) if isinstance(file, int) else os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise
         except OSError as error:

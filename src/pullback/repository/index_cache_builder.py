@@ -151,7 +151,9 @@ class IndexCacheBuilder:
             _Writer(file, self._secrets, self._base, self._spool).write(
                 self._repository_id, b"".join(bytes.fromhex(name) for name in sorted(names)), b"".join(self._numbers)
             )
-        return IndexCache(self._folder.path / FILE, self._secrets, self._repository_id)
+            file.flush()
+            # Not by its name afterwards: another process may have deleted or replaced the file by then.
+            return IndexCache(file.fileno(), self._secrets, self._repository_id)
 
 
 class _Writer:
