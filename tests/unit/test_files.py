@@ -304,3 +304,10 @@ def test_the_repository_s_password_is_not_handed_on(
         appliance.start()
     assert "LIBGUESTFS_BACKEND=direct" in (tmp_path / "env").read_text()
     assert "secret" not in (tmp_path / "env").read_text()
+
+
+def test_a_restore_to_where_nothing_can_be_says_what_to_do(stage: Stage, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = stage.cli("restore", "latest", "--to", tmp_path / "file" / "below")
+    assert done.code == 9
+    assert "Not a directory. Nothing was written. Name another directory with --to." in done.err

@@ -138,7 +138,9 @@ class Target:
         except OSError as error:
             with suppress(OSError):
                 new.unlink()
-            raise RestoreError(f"cannot write {self.state_file}: {error.strerror}") from error
+            raise RestoreError(
+                f"cannot write {self.state_file}: {error.strerror}", todo="Name another directory with --to."
+            ) from error
 
     # -- after ----------------------------------------------------------------------------------------------------
 
@@ -204,7 +206,11 @@ def claimed(directory: Path, wanted: Sequence[Unfinished], overwrite: bool) -> I
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         _remove(made)
-        raise RestoreError(f"cannot restore into {directory}: {error.strerror}") from error
+        raise RestoreError(
+            f"cannot restore into {directory}: {error.strerror}",
+            means="Nothing was written.",
+            todo="Name another directory with --to.",
+        ) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
