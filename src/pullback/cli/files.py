@@ -66,7 +66,11 @@ def files(
     request = FilesRequest(backup_id, tuple(paths or ()), to, filesystem or "", tuple(disk or ()), lock_retry)
     work = Files(request, opener, reporter.emit)
     result = run_interruptible(work.run(), stop=work.stop)
-    if not paths:
+    _tell(reporter, result, to, bool(paths))
+
+
+def _tell(reporter: Reporter, result: FilesResult, to: Path | None, some: bool) -> None:
+    if not some:
         reporter.answer(_filesystems_json(result), _filesystem_lines(result.filesystems))
     elif to is None:
         reporter.answer(_entries_json(result), [_entry_line(entry) for entry in result.entries])
