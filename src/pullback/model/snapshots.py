@@ -37,9 +37,9 @@ READER_ROLES = ("target", "window", "probe", *VIEW_ROLES)
 #: mended in 8.0).  A public snapshot has the nodes of ``VIEW_ROLES`` there, or it was never finished.
 FROZEN_VIEW_EXACT = (8, 0, 0)
 
-_NODE = re.compile(re.escape(NODE_PREFIX) + r"([a-z][0-9a-f]{8})-(\d+)-([a-z]+)")
+_NODE = re.compile(re.escape(NODE_PREFIX) + r"([a-z][0-9a-f]{8})-([0-9]{1,9})-([a-z]+)")
 _ID = re.compile(
-    re.escape(ID_PREFIX) + r"([a-z][0-9a-f]{8})-(\d+)(?:-(create|push|probe|saved|x([0-9a-f]*)((?:-c[0-9a-f]*)*)))?"
+    re.escape(ID_PREFIX) + r"([a-z][0-9a-f]{8})-([0-9]{1,9})(?:-(create|push|probe|saved|x([0-9a-f]*)((?:-c[0-9a-f]*)*)))?"
 )
 
 _SNAPSHOT_MARK = "pullback-snapshot:"
@@ -271,6 +271,8 @@ def _parts(facts: Facts) -> dict[tuple[str, int], dict[str, Any]]:
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for name, node in facts.nodes.items():
         match = _NODE.fullmatch(name)
+        if match and match[3] == "filter" and "file" not in node.children:
+            continue  # there is nothing to put back in its place
         if match and match[3] in ("scratch", "filter", "access", *READER_ROLES):
             found.setdefault((match[1], int(match[2])), {})[match[3]] = node
     for job in facts.jobs:

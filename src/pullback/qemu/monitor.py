@@ -22,6 +22,7 @@ from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPEr
 from qemu.qmp.protocol import StateError
 
 from pullback.errors import CommandFailed, DomainBusy, DomainUnreachable
+from pullback.qemu.replies import Reply, replies
 
 #: Seconds for QEMU's greeting.  A monitor serves one client at a time; the next one is left waiting without a word.
 GREETING_TIMEOUT = 5.0
@@ -141,8 +142,8 @@ class Monitor:
         self._client = client
         self._trace = trace
         self.path = path
-        version = greeting["QMP"]["version"]["qemu"]
-        self.version: tuple[int, int, int] = (version["major"], version["minor"], version["micro"])
+        version = Reply(greeting, "the greeting").member("QMP").member("version").member("qemu")
+        self.version: tuple[int, int, int] = (version.size("major"), version.size("minor"), version.size("micro"))
         self.lost = False
         #: What the schema of this QEMU was found to offer; None until somebody asked.
         self.features: frozenset[str] | None = None
@@ -186,8 +187,10 @@ class Monitor:
     async def jobs(self) -> dict[str, JobState]:
         """All jobs by id (query-jobs)."""
         return {
-            job["id"]: JobState(job["status"], job["current-progress"], job["total-progress"], job.get("error", ""))
-            for job in await self.execute("query-jobs")
+            job.text("id"): JobState(
+                job.text("status"), job.size("current-progress"), job.size("total-progress"), job.text("error", "")
+            )
+            for job in replies(await self.execute("query-jobs"), "query-jobs")
         }
 
     @asynccontextmanager
