@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from struct import pack
 
@@ -19,6 +20,7 @@ from pullback.nbd.client_handshake import ClientHandshake
 from pullback.nbd.extents import merge_extents, pack_extents, parse_extents
 from pullback.nbd.server_codec import ClientRequest, ServerCodec
 from pullback.nbd.server_handshake import ServerHandshake
+from tests.support.fuzzing import fuzz
 
 SIZE = 4096
 FLAGS = p.TransmissionFlag(0b1111_1111_1101)
@@ -383,3 +385,119 @@ def test_uris_read_back(export: str, path: str, tls: bool) -> None:
     for address in (UnixAddress(path), TcpAddress("h", 1)):
         uri = parse_uri(address.uri(export, tls=tls))
         assert (uri.address, uri.export, uri.tls) == (address, export, tls)
+
+
+# What is valid up to some byte, and what says more than it has.
+
+
+def recorded() -> tuple[bytes, bytes]:
+    """What a server and a client say in a handshake that succeeds."""
+    client, server = ClientHandshake("", ["base:allocation"]), ServerHandshake(EXPORTS)
+    said: tuple[list[bytes], list[bytes]] = ([], [])
+    while not client.done:
+        said[0].append(server.data_to_send())
+        client.receive(said[0][-1])
+        said[1].append(client.data_to_send())
+        server.receive(said[1][-1])
+    return b"".join(said[0]), b"".join(said[1])
+
+
+SERVER_SAID, CLIENT_SAID = recorded()
+
+
+@fuzz(60)
+@given(st.booleans(), st.integers(0, max(len(SERVER_SAID), len(CLIENT_SAID))), st.binary(max_size=80), SPLITS)
+def test_a_handshake_that_goes_wrong_at_any_byte(of_client: bool, end: int, then: bytes, splits: list[int]) -> None:
+    handshake: ClientHandshake | ServerHandshake
+    handshake, said = ClientHandshake("", ["base:allocation"]), SERVER_SAID
+    if of_client:
+        handshake, said = ServerHandshake(EXPORTS), CLIENT_SAID
+    for part in cut(said[:end], splits):
+        handshake.receive(part)
+    assert handshake.done == (end >= len(said))
+    if not handshake.done:
+        try:
+            for part in cut(then, splits):
+                handshake.receive(part)
+        except (NbdProtocolError, NbdRefused):
+            pass
+        assert len(handshake._received) <= p.MAX_OPTION_DATA + p.OPTION.size
+
+
+def replies_of_a_server() -> bytes:
+    """To the read of bytes 100 to 132, the write and the block status that `client_with_requests` sends."""
+    server = ServerCodec(p.ExportInfo("", SIZE, FLAGS, contexts={"base:allocation": 1}))
+    sent = b"".join(client_with_requests()[1])
+    read, write, status = [one for one in feed(server, sent) if isinstance(one, ClientRequest)]
+    parts = [server.reply_hole(read, 100, 12, done=False), server.reply_data_piece(read, 112, 20, done=True), b"d" * 20]
+    parts += [server.reply_done(write), server.reply_extents(status, {"base:allocation": [(1000, 3)]})]
+    return b"".join(map(bytes, parts))
+
+
+def client_with_requests() -> tuple[ClientCodec, list[bytes]]:
+    codec = ClientCodec(p.ExportInfo("", SIZE, FLAGS, contexts={"base:allocation": 1}))
+    sent = [codec.read(100, memoryview(bytearray(32)))[1], codec.write(0, 10)[1] + bytes(10)]
+    return codec, [*sent, codec.block_status(0, 1000)[1]]
+
+
+REPLIED = replies_of_a_server()
+
+
+@fuzz(60)
+@given(st.integers(0, len(REPLIED)), st.binary(min_size=1, max_size=80), SPLITS)
+def test_replies_that_go_wrong_at_any_byte(end: int, then: bytes, splits: list[int]) -> None:
+    codec, _ = client_with_requests()
+    done = [event for part in cut(REPLIED[:end], splits) for event in feed(codec, part)]
+    assert codec.pending == 3 - len(done)
+    assert (codec.pending == 0) == (end == len(REPLIED))
+    try:
+        for part in cut(then, splits):
+            for event in feed(codec, part):
+                done.append(event)  # noqa: PERF402  (what came before the failure counts)
+    except NbdProtocolError:
+        with pytest.raises(NbdProtocolError):
+            codec.buffer()
+    assert codec.pending + len(done) == 3
+
+
+def peak_of(call: Callable[[], object]) -> int:
+    """Bytes of memory that a call takes at most; it may end with a protocol error."""
+    tracemalloc.start()
+    try:
+        call()
+    except NbdProtocolError:
+        pass
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return peak
+
+
+GIANTS = [1 << 16, 1 << 24, 1 << 31, (1 << 32) - 1]
+
+
+@pytest.mark.parametrize("length", GIANTS)
+@pytest.mark.parametrize("kind", [0, 1, 2, 5, 6, 7, 0x8001, 0x8002, 0xFFFF])
+def test_a_length_that_lies_takes_no_memory(kind: int, length: int) -> None:
+    """A chunk says how long it is before it is there: nothing is kept for it beyond what was asked for."""
+    for cookie in (1, 2, 3):
+        codec, _ = client_with_requests()
+        said = pack(">IHHQI", 0x668E33EF, 1, kind, cookie, length) + bytes(8)
+        assert peak_of(lambda codec=codec, said=said: list(feed(codec, said))) < (64 << 10)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("length", GIANTS)
+def test_an_option_or_a_write_that_lies_about_its_length_takes_little(length: int) -> None:
+    """A write has a place for its payload from the start: 32 MiB is what a client may send, and no more."""
+    start = pack(">I", 3)
+    for option in (1, 3, 6, 7, 9, 10, 77):
+        server = ServerHandshake(EXPORTS)
+        said = start + pack(">QII", 0x49484156454F5054, option, length) + bytes(100)
+        assert peak_of(lambda server=server, said=said: server.receive(said)) < (64 << 10)  # type: ignore[misc]
+        client = ClientHandshake("", ["base:allocation"])
+        answer = b"NBDMAGICIHAVEOPT\0\3" + pack(">QIII", 0x3E889045565A9, option, 3, length) + bytes(100)
+        assert peak_of(lambda client=client, answer=answer: client.receive(answer)) < (64 << 10)  # type: ignore[misc]
+    codec = ServerCodec(p.ExportInfo("", 1 << 40, FLAGS))
+    request = pack(">IHHQQI", 0x25609513, 0, 1, 1, 0, length)
+    most = length + (64 << 10) if length <= p.DEFAULT_MAX_PAYLOAD else 64 << 10
+    assert peak_of(lambda: list(feed(codec, request))) < most
