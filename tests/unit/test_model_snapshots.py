@@ -257,6 +257,12 @@ def test_an_export_of_any_name_comes_back(name: str, points: list[str]):
     assert owner_of(made) == PUBLIC
 
 
+def test_exports_of_others_hide_none_of_ours():
+    ids = ["theirs", f"pullback-{PUBLIC}-0-create", f"pullback-{PUBLIC}-0", Names(PUBLIC, 0).export("vda")]
+    found = read_exports(facts(exports=[Export(one, "node-vda", "nbd") for one in ids]))
+    assert [one.name for one in found] == ["vda"]
+
+
 @pytest.mark.parametrize("tail", ["x7", "xff", "x", "xc3"])
 def test_an_id_that_is_no_name_is_still_ours(tail: str):
     (state,) = read_exports(facts(exports=[Export(f"pullback-{PUBLIC}-0-{tail}", "gone", "nbd")]))

@@ -113,6 +113,13 @@ def test_a_size_that_changed_ends_the_search():
     assert reason(bases["vda"]) == f"the disk's size changed from {SIZE // 2} to {SIZE} bytes"
 
 
+def test_a_size_that_changed_ends_the_search_of_that_disk_only():
+    grown = replace(disk("vda", points=("A",)), virtual_size=2 * SIZE)
+    bases = choose([point("a", targets=("vda", "vdb"))], grown, disk("vdb", points=("A",)))
+    assert "size changed" in reason(bases["vda"])
+    assert since(bases["vdb"])[0] == "a"
+
+
 def test_a_size_that_changed_below_a_lost_checkpoint_ends_it_too():
     points = [point("d"), point("c", size=SIZE // 2), point("b")]
     bases = choose(points, disk(points=("B",)))

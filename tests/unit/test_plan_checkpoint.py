@@ -23,8 +23,9 @@ def actions(plan: Plan) -> list[Mapping[str, Any]]:
 
 
 def brief(plan: Plan) -> list[str]:
-    """``add NAME``, ``merge SOURCE… > TARGET``, ``remove NAME`` ...; ``add+`` records."""
+    """``add NAME``, ``merge SOURCE… > TARGET``, ``remove NAME`` ...; ``add+`` records.  All of it is on the node n."""
     lines = []
+    assert {action["data"]["node"] for action in actions(plan)} == {"n"}
     for action in actions(plan):
         verb, data = action["type"].removeprefix("block-dirty-bitmap-"), action["data"]
         short = {key: str(value).replace("pullback-", "") for key, value in data.items()}

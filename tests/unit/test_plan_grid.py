@@ -105,3 +105,10 @@ def test_spans_grow_to_chunks():
     assert disk.widened([Span(SEGMENT - 1, 2)]) == [Span(SEGMENT - CHUNK, CHUNK + HOT_CHUNK)]
     assert disk.widened([Span(SEGMENT + 3 * CHUNK + 5, 1)]) == [Span(SEGMENT + 3 * CHUNK, 512)]
     assert disk.widened([Span(SEGMENT + CHUNK + 1, CHUNK)]) == [Span(SEGMENT + CHUNK, CHUNK + HOT_CHUNK)]
+
+
+def test_a_disk_gives_its_segments_grids_and_cold_ones_for_the_others():
+    hot = slots(HOT, size=SEGMENT)
+    disk = DiskGrid(2 * SEGMENT + 512, {1: hot})
+    assert disk.segment(1) is hot
+    assert (disk.segment(0), disk.segment(2)) == (cold_grid(SEGMENT), cold_grid(512))

@@ -145,6 +145,8 @@ def test_an_error_says_what_became_of_the_checkpoints():
     assert dropped.means.endswith("checkpoints of vda that backups had made were removed: the next one reads it whole.")
     assert "Do not trust changes since one, two, either" in dropped.todo
     assert "Do not trust" not in str(chains_dropped(error, ()))
-    stay = chains_stay(error, "it is gone").means
-    assert "could not be removed (it is gone), so that an incremental backup may" in stay
+    assert dropped.todo.startswith(error.todo)
+    stay = chains_stay(error, "it is gone")
+    assert "could not be removed (it is gone), so that an incremental backup may" in stay.means
+    assert (stay.what, stay.todo, stay.lied) == (error.what, error.todo, error.lied)
     assert proof_failed([Difference("vdb", Span(0, 512), True)], more=False).lied == ()

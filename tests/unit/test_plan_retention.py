@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
@@ -22,6 +23,16 @@ def test_the_name_says_whose_and_when():
     there = timezone(timedelta(hours=-3))
     assert checkpoint_name(MINE, MOMENT.astimezone(there), "beef") == "01234567-20260504T030201Z-beef"
     assert is_checkpoint_name(own(0))
+
+
+def test_the_name_does_not_depend_on_the_zone_of_the_machine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TZ", "XYZ-9")
+    time.tzset()
+    try:
+        assert checkpoint_name(MINE, MOMENT, "beef") == "01234567-20260504T030201Z-beef"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize("keep", [1, 2, 4, 5, 9])
