@@ -72,7 +72,8 @@ class Life:
         """The commands that a backup sends now, and that change something; that backup counts as one."""
         sent: list[str] = []
         state = references(self.qemu)
-        assert self.attempt(request, lambda command, arguments, reply: sent.append(command)) is None
+        error = self.attempt(request, lambda command, arguments, reply: sent.append(command))
+        assert error is None, error
         assert self.adopt(state)
         return list(filter(changes_something, sent))
 
