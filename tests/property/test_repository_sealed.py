@@ -260,6 +260,12 @@ def test_a_tree_larger_than_any_is_not_parsed() -> None:
         decode_tree(b" " * (MAX_TREE + 1))
 
 
+@pytest.mark.parametrize("name", [[], ["0000"], 7, None])
+def test_a_name_that_is_no_text(name: Any) -> None:
+    with pytest.raises(TreeBroken):
+        decode_tree(json.dumps({"nodes": [TREES[2]["nodes"][0] | {"name": name}]}).encode())
+
+
 @pytest.mark.parametrize("name", ["9" * 5000, "0000\n", "٠٠٠٠", "00"])
 def test_a_segment_with_a_number_that_is_none(name: str) -> None:
     documents = json.loads(json.dumps(TREES))

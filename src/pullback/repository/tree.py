@@ -107,7 +107,7 @@ def decode_tree(document: bytes) -> Tree:
 def _node(fields: dict[str, Any]) -> Node:
     content, subtree = fields.get("content"), fields.get("subtree")
     return Node(
-        name=unquote(fields["name"]),
+        name=unquote(_text(fields["name"])),
         type=_text(fields["type"]),
         mode=_number(fields.get("mode", 0)),
         mtime=_text(fields.get("mtime", ZERO_TIME)),
