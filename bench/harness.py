@@ -230,7 +230,8 @@ def _rows(case: Case, bench: Bench, running: Race, runs: Mapping[str, list[Run]]
         return statistics.median(run.figure(figure) for run in runs[name])
 
     rows = []
-    for rival in (*running.peers, *running.limits):
+    rivals: list[Peer | Limit] = [*running.peers, *running.limits]
+    for rival in rivals:
         ours = median("pullback", rival.figure)
         theirs = rival.most if isinstance(rival, Limit) else median(rival.name, rival.figure)
         target = 1.0 if isinstance(rival, Limit) else rival.target
