@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-.PHONY: help setup setup-tests demo test test-fault test-new-qemu lint clean
+.PHONY: help setup setup-tests demo test test-fault test-new-qemu soak lint clean
 
 help:
 	@echo 'make setup   install what is missing, make .venv (Debian 12 or newer, root or sudo)'
@@ -9,6 +9,9 @@ help:
 	@echo '             the faults alone: everything is killed, cut, filled up or lied to; a table at the end'
 	@echo 'make test-new-qemu'
 	@echo '             all tests against a newer QEMU, unpacked into .cache (root or sudo; see docs/testing.md)'
+	@echo 'make soak SECONDS=600'
+	@echo '             random lives of a domain against a model of its bytes; SEED=… lives one again'
+	@echo 'make mutants changes decisions one by one and tells which no test noticed (an hour or two)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make clean   remove everything that was made here'
 
@@ -29,9 +32,19 @@ test: setup-tests
 test-fault: setup-tests
 	@.venv/bin/python -m pytest -n 2 --dist worksteal --color=no tests/fault $(ARGS)
 
+# mutmut stays out of .venv: no test needs it.
+mutants: setup
+	@.venv/bin/python -m pip install -q --upgrade --target .cache/mutmut 'mutmut>=3.8,<4'
+	@PYTHONPATH=.cache/mutmut .venv/bin/python -m mutmut run --max-children 2 $(ARGS)
+	@PYTHONPATH=.cache/mutmut .venv/bin/python -m mutmut results
+
 test-new-qemu: setup-tests
 	@bin=$$(scripts/newer-qemu) && PATH="$$bin:$$PATH" \
 		.venv/bin/python -m pytest -n 2 --dist worksteal --color=no $(ARGS)
+
+soak: setup-tests
+	@PULLBACK_TEST_SECONDS=$(or $(SECONDS),600) PULLBACK_TEST_SEED=$(SEED) \
+		.venv/bin/python -m pytest -s -q --color=no tests/property/test_backup_model.py $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check --quiet .
@@ -39,5 +52,5 @@ lint: setup
 	.venv/bin/mypy --no-color-output
 
 clean:
-	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .venv .cache mutants .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
