@@ -14,11 +14,16 @@ from pathlib import Path
 import pytest
 
 from lab.qemu import BareQemu
-from pullback.errors import NbdProtocolError, PullbackError, SnapshotBroken, TransferError
+from pullback.engine.pull import Pull
+from pullback.errors import NbdProtocolError, ProofFailed, PullbackError, RestoreError, SnapshotBroken, TransferError
+from pullback.repository import locks
+from tests.fault.test_restore_in_place_killed import Halfway
+from tests.support import dying
 from tests.support import nbd_proxy as nbd
 from tests.support.life import Life
 from tests.support.nbd_proxy import NbdProxy, Reply, altered, error
-from tests.support.product import references, run_state
+from tests.support.product import MIB, Stage, leftovers, references, run_state
+from tests.support.restoring import Kept, some_disk
 from tests.support.survival import Fault, survives
 
 Start = Callable[..., BareQemu]
@@ -152,3 +157,97 @@ def test_replies_lie(life: Wired) -> None:
             assert isinstance(failed, NbdProtocolError), name
             assert failed.exit_code == 7
     life.goes_on()
+
+
+# -- lies that only a proof sees ---------------------------------------------------------------------------------------
+
+
+def other_data(reply: Reply) -> bytes:
+    """Other bytes than are there."""
+    if reply.kind == nbd.HOLE_CHUNK:
+        filled = b"\1" * int.from_bytes(reply.payload[8:], "big")
+        return bytes(replace(reply, kind=nbd.DATA_CHUNK, payload=reply.payload[:8] + filled))
+    return bytes(replace(reply, payload=reply.payload[:-1] + bytes([reply.payload[-1] ^ 1])))
+
+
+@pytest.mark.parametrize("command", [nbd.READ, nbd.BLOCK_STATUS], ids=["data", "map"])
+def test_a_lie_that_the_protocol_allows_is_seen_by_a_proof(life: Wired, command: int) -> None:
+    """Bytes of a disk, or that nothing of it changed: a plain backup has nothing else to go by.  A proof asks again."""
+    never = 1 << 30
+    lie = NbdProxy(deed=other_data, nth=never)
+    if command == nbd.BLOCK_STATUS:
+        lie = NbdProxy(deed=extents((0x7FFFFFFF, 0)), command=command)
+    # Before, pieces that did not change are compared with the base: a lie about those is seen at once.
+    in_the_pull = dying.at_call(Pull, "run")(lambda: setattr(lie, "nth", 0))
+    life.go_on()
+    with survives(Fault.NBD_LIE):
+        before, listed = life.chains(), life.stage.listed()
+        with lie.between(), in_the_pull:
+            failed = life.attempt(life.stage.request(life.qemu, prove="all"))
+        assert lie.happened
+        assert isinstance(failed, ProofFailed), failed
+        assert failed.exit_code == 16
+        assert life.stage.listed() == listed
+        assert leftovers(life.qemu, life.stage.scratch) == []
+        # Dirty bitmaps that were caught lying are not believed again; the other disk's are as good as before.
+        assert life.chains() == ([{}, before[1]] if command == nbd.BLOCK_STATUS else before)
+    life.go_on()
+    state = references(life.qemu)
+    made = life.stage.backup(life.qemu)
+    whole = "full" if command == nbd.BLOCK_STATUS else "incremental"
+    assert [disk.mode for disk in made.manifest.disks] == [whole, "incremental"]
+    assert life.adopt(state)
+    life.goes_on()
+
+
+# -- the other way -----------------------------------------------------------------------------------------------------
+
+
+def on_the_way_down() -> dict[str, tuple[Fault, NbdProxy]]:
+    """What happens to writes; each attempt makes a little progress."""
+    return {
+        "greeting": (Fault.NBD_RESET, NbdProxy(reset_after=10)),
+        "first replies": (Fault.NBD_RESET, NbdProxy(reset_after=400)),
+        "no space": (Fault.NBD_ERROR, NbdProxy(deed=error(errno.ENOSPC), command=nbd.WRITE, nth=3, instead=True)),
+        "input/output": (Fault.NBD_ERROR, NbdProxy(deed=error(errno.EIO), command=nbd.WRITE, instead=True)),
+        "shutting down": (Fault.NBD_ERROR, NbdProxy(deed=error(errno.ESHUTDOWN), command=nbd.WRITE, instead=True)),
+        "cut": (Fault.NBD_SHORT, NbdProxy(deed=lambda reply: bytes(reply)[:9], command=nbd.WRITE, nth=2, cut=True)),
+        "a write of nobody's": (Fault.NBD_LIE, NbdProxy(deed=altered(cookie=1 << 60), command=nbd.WRITE)),
+        "data for a write": (Fault.NBD_LIE, NbdProxy(deed=altered(kind=1, payload=bytes(99)), command=nbd.WRITE)),
+        "a flush that failed": (Fault.NBD_ERROR, NbdProxy(deed=error(errno.EIO), command=nbd.FLUSH, instead=True)),
+    }
+
+
+def test_a_restore_goes_on_after_its_connections_broke(tmp_path: Path) -> None:
+    """Each attempt goes on with what the one before left, until one is left alone; and no image has a name before."""
+    kept = Kept(tmp_path)
+    backup = kept.store({"vda": some_disk(4 * MIB, 1), "vdb": some_disk(MIB, 2)})
+    to = tmp_path / "to"
+    for name, (fault, proxy) in on_the_way_down().items():
+        with survives(fault), proxy.between():
+            with pytest.raises((TransferError, RestoreError)) as caught:
+                kept.restore(backup, to)
+            assert proxy.happened, name
+            assert isinstance(caught.value, RestoreError) == (name == "no space"), caught.value
+            assert not to.exists() or all(path.name.endswith((".partial", ".json")) for path in to.iterdir())
+    kept.restore(backup, to)
+    kept.judge(backup, to)
+
+
+def test_a_restore_in_place_is_completed_after_its_connections_broke(
+    lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "SETTLE", 0.0)
+    halfway = Halfway(Stage(lab_dir), bare_qemu)
+    marked = 0
+    for name, (fault, proxy) in on_the_way_down().items():
+        with survives(fault), proxy.between():
+            with pytest.raises((TransferError, RestoreError)) as caught:
+                halfway.restore()
+            assert isinstance(caught.value, RestoreError) == (name == "no space"), caught.value
+            assert proxy.happened, name
+            marked += halfway.marked()
+            assert not halfway.daemons()
+    assert marked > 3
+    assert halfway.is_marked_or_whole()
+    halfway.completes()
