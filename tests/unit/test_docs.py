@@ -26,7 +26,7 @@ from lab.disks import DiskSpec
 from lab.qemu import BareQemu
 from pullback import errors
 from pullback.cli.config import find_domain, load_config
-from pullback.cli.main import app
+from pullback.cli.main import command_line
 from pullback.engine import events
 from pullback.model.manifest import DiskEntry, Manifest
 from pullback.model.units import CHUNK, HOT_CHUNK, MIB, SEGMENT
@@ -313,7 +313,7 @@ ITS_OWN = {"--help"}
 def commands() -> Mapping[str, Any]:
     """Every command by its words, those of groups too (``snapshot create``)."""
     found: dict[str, Any] = {}
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in command_line().commands.items():
         group = getattr(command, "commands", None)
         found |= {name: command} if group is None else {f"{name} {one}": group[one] for one in group}
     return found

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -11,19 +13,6 @@ from typing import Annotated, Any
 import typer
 
 import pullback
-from pullback.cli import (
-    backups,
-    booting,
-    checkpoints,
-    domains,
-    exports,
-    files,
-    repositories,
-    restoring,
-    serving,
-    snapshots,
-    verifying,
-)
 from pullback.cli.interrupts import EXIT_INTERRUPTED, Interrupted
 from pullback.cli.reporter import Reporter, settle_standard_streams, silence
 from pullback.errors import PullbackError, RestoreError, UsageError
@@ -32,36 +21,30 @@ from pullback.errors import PullbackError, RestoreError, UsageError
 #: defines it differs between the versions we take.
 _WrongCommandLine: type[Exception] = typer.BadParameter.__bases__[0]
 
-app = typer.Typer(
-    name="pullback",
-    help="Pull-mode incremental backup for QEMU virtual machines, into restic repositories.",
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-app.command("init")(backups.init)
-app.command("backup", cls=backups.BackupCommand)(backups.backup)
-app.command("list")(backups.list_backups)
-app.command("restore")(restoring.restore)
-app.command("serve")(serving.serve)
-app.command("files")(files.files)
-app.command("boot")(booting.boot)
-app.command("recover")(domains.recover)
-app.command("show")(verifying.show)
-app.command("verify")(verifying.verify)
-app.command("forget")(repositories.forget)
-app.command("prune")(repositories.prune)
-app.command("check")(repositories.check)
-app.command("copy")(repositories.copy)
-app.command("unlock")(repositories.unlock)
-for _name, _group in (
-    ("domain", domains.app),
-    ("checkpoint", checkpoints.app),
-    ("snapshot", snapshots.app),
-    ("export", exports.app),
-    ("key", repositories.app),
-):
-    app.add_typer(_group, name=_name)
+#: Each command: its module, the function or the group there, and a class for what typer cannot parse by itself.  Only
+#: the one that is asked for is imported and built; all of them take longer than many a command.
+_COMMANDS: dict[str, tuple[str, str, str | None]] = {
+    "init": ("backups", "init", None),
+    "backup": ("backups", "backup", "BackupCommand"),
+    "list": ("backups", "list_backups", None),
+    "restore": ("restoring", "restore", None),
+    "serve": ("serving", "serve", None),
+    "files": ("files", "files", None),
+    "boot": ("booting", "boot", None),
+    "recover": ("domains", "recover", None),
+    "show": ("verifying", "show", None),
+    "verify": ("verifying", "verify", None),
+    "forget": ("repositories", "forget", None),
+    "prune": ("repositories", "prune", None),
+    "check": ("repositories", "check", None),
+    "copy": ("repositories", "copy", None),
+    "unlock": ("repositories", "unlock", None),
+    "domain": ("domains", "app", None),
+    "checkpoint": ("checkpoints", "app", None),
+    "snapshot": ("snapshots", "app", None),
+    "export": ("exports", "app", None),
+    "key": ("repositories", "app", None),
+}
 
 
 def _show_version(wanted: bool) -> None:
@@ -70,7 +53,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
     version: Annotated[
@@ -82,10 +64,32 @@ def root(
         raise UsageError("no command was given", todo="See pullback --help.")
 
 
+@functools.cache
+def command_line(only: str | None = None) -> Any:
+    """The command line as click runs it: with all commands, or with one of them."""
+    app = typer.Typer(
+        name="pullback",
+        help="Pull-mode incremental backup for QEMU virtual machines, into restic repositories.",
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    app.callback(invoke_without_command=True)(root)
+    for name in _COMMANDS if only is None else [only]:
+        where, what, parser = _COMMANDS[name]
+        module = importlib.import_module(f"pullback.cli.{where}")
+        found = getattr(module, what)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=name)
+        else:
+            app.command(name, cls=getattr(module, parser) if parser else None)(found)
+    return typer.main.get_command(app)
+
+
 def _run(arguments: Sequence[str]) -> None:
     """Carry out a command line.  typer's own way to do so prints errors and ends the process itself."""
     _refuse_empty_words(arguments)
-    command = typer.main.get_command(app)
+    command = command_line(arguments[0] if arguments and arguments[0] in _COMMANDS else None)
     try:
         with command.make_context("pullback", list(arguments)) as context:
             command.invoke(context)
@@ -111,7 +115,7 @@ def _refuse_empty_words(arguments: Sequence[str]) -> None:
 
 def _usage_error(error: Any) -> UsageError:
     where = error.ctx.command_path if error.ctx is not None else "pullback"
-    return UsageError(" ".join(error.format_message().split()).rstrip("."), todo=f"See {where} --help.")
+    return UsageError(" ".join(error.format_message().split()).rstrip(".?"), todo=f"See {where} --help.")
 
 
 def _interrupted(error: BaseException) -> str:
