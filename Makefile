@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-.PHONY: help setup setup-tests demo test test-fault test-new-qemu soak lint clean
+.PHONY: help setup setup-tests demo test test-fault test-new-qemu soak mutants lint clean
 
 help:
 	@echo 'make setup   install what is missing, make .venv (Debian 12 or newer, root or sudo)'
