@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import struct
@@ -22,7 +23,7 @@ from pullback.repository.crypto import Key, KeyFileInvalid, SealBroken, open_key
 from pullback.repository.documents import load_document, save_document
 from pullback.repository.index import Index, IndexBroken, decode_index
 from pullback.repository.layout import MANIFEST, StoredBackup
-from pullback.repository.locks import LockFile
+from pullback.repository.locks import LockFile, current_account
 from pullback.repository.pack import MAX_HEADER, PackBroken, PackedBlob, parse_pack
 from pullback.repository.repository import Repository
 from pullback.repository.snapshots import Snapshot
@@ -297,3 +298,33 @@ def test_compressed_bombs_take_little_memory() -> None:
     """Sizes stated, not stated, and a window of terabytes; in a process of its own, whose memory has an end."""
     done = subprocess.run([sys.executable, "-c", BOMBS], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_compressed_document_that_is_none_is_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = copy_of_good()
+    sealed = bytes(KEY.seal(b"\2" + bytes(20)))
+    name = hashlib.sha256(sealed).hexdigest()
+    store.save(FileKind.SNAPSHOTS, name, sealed)
+    with pytest.raises(Damaged, match=name):
+        load_document(store, KEY, FileKind.SNAPSHOTS, name)
+
+    def no_memory() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("zstandard.ZstdDecompressor", no_memory)
+    with pytest.raises(Damaged, match="more memory than there is"):
+        load_document(GOOD, KEY, FileKind.INDEX, NAMES[FileKind.INDEX])
+
+
+def test_an_owner_without_a_name_and_one_of_another_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    def not_ours(pid: int, signal: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert current_account().username == str(current_account().uid)
+    monkeypatch.setattr("os.kill", not_ours)
+    lock = LockFile(MOMENT, True, "here", "other", 7, 0, 0)
+    assert not lock.owner_died("here")
