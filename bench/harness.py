@@ -48,12 +48,16 @@ class BenchError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """One round of one side: seconds by the clock; processor seconds of the process and of QEMU; its highest memory."""
+    """One round of one side: seconds by the clock; processor seconds of the process and of QEMU; its highest memory.
+
+    ``began`` is when it did, by time.perf_counter().
+    """
 
     seconds: float
     cpu: float = 0.0
     qemu_cpu: float = 0.0
     peak_mib: float = 0.0
+    began: float = 0.0
     figures: Mapping[str, float] = field(default_factory=dict)
 
     def figure(self, name: str) -> float:
@@ -155,7 +159,7 @@ def timed(
     if process.returncode:
         raise BenchError(f"{' '.join(map(str, command))} ended with {process.returncode}: {said.decode()[-2000:]}")
     after = processor_time(qemu) if qemu else 0.0
-    return Run(seconds, usage.ru_utime + usage.ru_stime, after - before, usage.ru_maxrss / 1024, _told(said))
+    return Run(seconds, usage.ru_utime + usage.ru_stime, after - before, usage.ru_maxrss / 1024, begin, _told(said))
 
 
 def _told(said: bytes) -> dict[str, float]:

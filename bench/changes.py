@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m bench.changes SOCKET CONTEXT`: fetch the map of what changed, and plan what to read.
+
+Every segment is known.  The last line says what was seen, for bench.harness.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+from pullback.model.extents import dirty_spans
+from pullback.model.units import SEGMENT
+from pullback.nbd.address import UnixAddress
+from pullback.nbd.blocking import NbdConnection
+from pullback.plan.grid import DiskGrid, cold_grid
+from pullback.plan.pull import clean_spans, fetch_spans, next_grids, plan_segments
+
+
+def main() -> None:
+    """The command."""
+    context = f"qemu:dirty-bitmap:{sys.argv[2]}"
+    begin = time.perf_counter()
+    with NbdConnection.connect(UnixAddress(sys.argv[1]), "disk", contexts=[context]) as connection:
+        size = connection.info.size
+        dirty = dirty_spans(connection.extents(context, 0, size))
+    fetched = time.perf_counter()
+    base = {number: cold_grid(SEGMENT) for number in range(size // SEGMENT)}
+    grids = next_grids(dirty, base)
+    fetch = fetch_spans(dirty, size, base, grids)
+    segments = sum(1 for _ in plan_segments(fetch, fetch, DiskGrid(size, grids)))
+    clean = len(clean_spans(fetch, size))
+    done = time.perf_counter()
+    figures = {"fetched": fetched - begin, "fetched_and_planned": done - begin}
+    counts = {"dirty": len(dirty), "clean": clean, "segments": segments}
+    print(json.dumps({"figures": {**figures, **counts}}))
+
+
+if __name__ == "__main__":
+    main()
