@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from lab.qemu import BareQemu
 from pullback.engine.domain import DomainAddress
 from pullback.engine.events import DiskPlanned, Event, Note
 from pullback.errors import UsageError
-from tests.support.backups import new_repository, open_repository, read_disk
+from tests.support.backups import open_repository, read_disk
 from tests.support.product import KIB, MIB, Stage, chain, references, same
 
 Start = Callable[..., BareQemu]
@@ -32,24 +31,6 @@ def modes(told: list[Event]) -> dict[str, str]:
         for event in told
         if isinstance(event, DiskPlanned)
     }
-
-
-def test_two_repositories_in_turn(lab_dir: Path, bare_qemu: Start) -> None:
-    stage = Stage(lab_dir)
-    other = lab_dir / "other"
-    new_repository(other)
-    qemu = bare_qemu([stage.disk("vda", 2 * MIB)], running=True)
-    made = []
-    for turn in range(10):
-        repo = other if turn % 3 == 1 else stage.repo
-        qemu.device_write("vda", turn * 150 * KIB, 4096, turn + 1)
-        state = references(qemu)
-        made.append((repo, stage.backup(qemu, repo=repo), state))
-    for repo, backup, state in made:
-        same(stored(repo, backup.id, "vda"), state)
-    assert [backup.manifest.disks[0].mode for _, backup, _ in made] == ["full", "full"] + ["incremental"] * 8
-    # What one did in between is in the other's next one too, and no more than that.
-    assert all(0 < backup.bytes_read <= 3 * 256 * KIB for _, backup, _ in made[2:])
 
 
 def test_some_disks_then_all(lab_dir: Path, bare_qemu: Start) -> None:
@@ -137,58 +118,6 @@ def test_a_crash_of_qemu_costs_one_full_backup(lab_dir: Path, bare_qemu: Start) 
     state = references(qemu)
     assert stage.backup(qemu).manifest.disks[0].mode == "incremental"
     same(stage.contents("latest"), state)
-
-
-@pytest.mark.parametrize("between", [0, 1, 6])
-def test_an_image_put_back_to_an_older_copy(lab_dir: Path, bare_qemu: Start, between: int) -> None:
-    """The copy knows an older checkpoint, or none: both ends of the same question as a lost state directory."""
-    stage = Stage(lab_dir)
-    disk = stage.disk("vda", 2 * MIB)
-    qemu = bare_qemu([disk], running=True)
-    qemu.device_write("vda", 0, MIB, 1)
-    if between:
-        stage.backup(qemu)
-    qemu.shutdown()
-    copy = shutil.copy(disk.path, lab_dir / "copy")
-    qemu.start()
-    for number in range(max(between, 1)):
-        qemu.device_write("vda", number * 100 * KIB, 200 * KIB, 10 + number)
-        stage.backup(qemu)
-    qemu.shutdown()
-    shutil.copy(copy, disk.path)
-    qemu.start()
-    qemu.device_write("vda", MIB, 4096, 99)
-    state = references(qemu)
-    backup = stage.backup(qemu)
-    same(stored(stage.repo, backup.id, "vda"), state)
-    qemu.device_write("vda", MIB + 512 * KIB, 4096, 98)
-    state = references(qemu)
-    again = stage.backup(qemu)
-    assert again.manifest.disks[0].mode == "incremental"
-    same(stored(stage.repo, again.id, "vda"), state)
-
-
-def test_the_newest_backup_was_forgotten(lab_dir: Path, bare_qemu: Start) -> None:
-    stage = Stage(lab_dir)
-    qemu = bare_qemu([stage.disk("vda", 2 * MIB)], running=True)
-    made = []
-    for number in range(3):
-        qemu.device_write("vda", number * 300 * KIB, 4096, number + 1)
-        made.append(stage.backup(qemu).id)
-    stage.restic.run("forget", made[2], "--prune")
-    qemu.device_write("vda", MIB, 4096, 9)
-    state = references(qemu)
-    backup = stage.backup(qemu)
-    base = backup.manifest.disks[0].base
-    assert base is not None
-    assert base.backup == made[1]
-    same(stored(stage.repo, backup.id, "vda"), state)
-    stage.restic.run("forget", *made, backup.id, "--prune")
-    told: list[Event] = []
-    last = stage.backup(qemu, told.append)
-    assert modes(told)["vda"] == "this is the first backup of the disk in this repository"
-    same(stored(stage.repo, last.id, "vda"), state)
-    stage.restic.check()
 
 
 def test_a_base_that_cannot_be_read_is_passed_over(lab_dir: Path, bare_qemu: Start) -> None:

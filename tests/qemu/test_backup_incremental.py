@@ -132,27 +132,6 @@ def test_a_write_between_any_two_commands_is_never_lost(
         same(stage.contents(backup), state)
 
 
-def test_dirty_and_zero_is_restored_as_zero(lab_dir: Path, bare_qemu: Start) -> None:
-    stage = Stage(lab_dir)
-    qemu = bare_qemu([stage.disk("vda", detect_zeroes="unmap")])
-    qemu.device_write("vda", 0, 8 * MIB, 0x61)
-    first_state = references(qemu)
-    first = stage.backup(qemu)
-    qemu.device_zero("vda", 0, 256 * KIB)
-    qemu.device_zero("vda", MIB, 300 * KIB, unmap=True)
-    qemu.device_discard("vda", 2 * MIB, 512 * KIB)
-    qemu.device_write("vda", 3 * MIB, 256 * KIB, 0)  # detect-zeroes makes it an unmap
-    qemu.device_zero("vda", 4 * MIB + 1024, 512)
-    second_state = references(qemu)
-    assert second_state["vda"][MIB : MIB + 300 * KIB] == bytes(300 * KIB)
-    assert second_state["vda"][3 * MIB : 3 * MIB + 256 * KIB] == bytes(256 * KIB)
-    second = stage.backup(qemu)
-    assert second.manifest.disks[0].mode == "incremental"
-    assert second.manifest.disks[0].bytes_zero >= 256 * KIB + 256 * KIB + 512 * KIB + 256 * KIB
-    same(stage.contents(second.id), second_state)
-    same(stage.contents(first.id), first_state)
-
-
 def test_reads_what_changed_and_stores_what_is_new(lab_dir: Path, bare_qemu: Start) -> None:
     stage = Stage(lab_dir)
     qemu = bare_qemu([stage.disk("vda", 16 * MIB)])

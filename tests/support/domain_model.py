@@ -180,6 +180,8 @@ class DomainModel:
             self.delete_snapshot(name)
         self.log.append(f"start {[spec.id for spec in self.specs]}")
         self.qemu = self._start(self.specs, running=running, name="lab")
+        for disk in self.bytes:
+            self.qemu.qdev(disk)  # which cannot be told while a filter is above the disk
 
     def stop(self, crash: bool = False, flush: bool = True) -> None:
         """It ends, in order or not: then what it had not flushed may be lost, and QEMU says what is there."""
