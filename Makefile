@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-.PHONY: help setup setup-tests demo test test-fault test-new-qemu soak mutants lint clean
+.PHONY: help setup setup-tests demo test test-fault test-new-qemu soak mutants bench lint clean
 
 help:
 	@echo 'make setup   install what is missing, make .venv (Debian 12 or newer, root or sudo)'
@@ -12,6 +12,7 @@ help:
 	@echo 'make soak SECONDS=600'
 	@echo '             random lives of a domain against a model of its bytes; SEED=… lives one again'
 	@echo 'make mutants changes decisions one by one and tells which no test noticed (an hour or two)'
+	@echo 'make bench   pullback against other programs, some hours on two cores; CASE=… SIZE=… ROUNDS=…'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make clean   remove everything that was made here'
 
@@ -45,6 +46,12 @@ test-new-qemu: setup-tests
 soak: setup-tests
 	@PULLBACK_TEST_SECONDS=$(or $(SECONDS),600) PULLBACK_TEST_SEED=$(SEED) \
 		.venv/bin/python -m pytest -s -q --color=no tests/property/test_backup_model.py $(ARGS)
+
+# What pullback is compared with is installed for this only.
+bench:
+	@scripts/setup --bench
+	@.venv/bin/python -m bench $(if $(CASE),--case '$(CASE)') $(if $(SIZE),--size '$(SIZE)') \
+		$(if $(ROUNDS),--rounds '$(ROUNDS)') $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check --quiet .
