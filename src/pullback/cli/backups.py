@@ -87,6 +87,7 @@ def backup(
             " the rest; --prove=all compares everything",
         ),
     ] = None,
+    limit_rate: opt.LimitRate = None,
     freeze: opt.FreezeOption = False,
     require_freeze: opt.RequireFreeze = False,
     agent: opt.AgentSocket = None,
@@ -119,6 +120,7 @@ def backup(
         keep_checkpoints=keep_checkpoints,
         lock_retry=lock_retry,
         prove=_how_to_prove(prove),
+        limit_rate=opt.rate_of(limit_rate, found),
     )
     reporter = Reporter(json)
     tracer = reporter.trace if trace else None
@@ -127,7 +129,7 @@ def backup(
         return
     with reporter.working():
         result = run_interruptible(run_backup(request, opener, reporter.emit, tracer))
-    reporter.answer(_backup_json(result), _backup_lines(result))
+    reporter.answer(_backup_json(result) | {"limit_rate": request.limit_rate}, _backup_lines(result))
 
 
 def _how_to_prove(given: str | None) -> Prove | None:

@@ -11,6 +11,7 @@ name = "web-server"                 in the repository; default: the table's name
 disks = ["vda", "vdb"]              default: all
 scratch = "/var/tmp"                as --scratch
 agent = "/run/qemu/web.agent"       the guest agent's socket, as --agent
+limit-rate = "50M"                  as --limit-rate
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class DomainOptions:
     disks: tuple[str, ...] = ()
     scratch: str | None = None
     agent: str = ""
+    limit_rate: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class _Tables:
 
     def _domain(self, name: str, table: dict[str, Any]) -> DomainOptions:
         where = f"domain.{name}."
-        self._only(table, ("qmp", "images", "name", "disks", "scratch", "agent"), where)
+        self._only(table, ("qmp", "images", "name", "disks", "scratch", "agent", "limit-rate"), where)
         qmp, images = self._text(table, where, "qmp") or "", self._text(table, where, "images") or ""
         if bool(qmp) == bool(images):
             raise self._wrong(f"{where}qmp is missing" if not qmp else f"{where}qmp and images cannot both be given")
@@ -108,6 +110,7 @@ class _Tables:
             tuple(disks),
             self._text(table, where, "scratch"),
             self._text(table, where, "agent") or "",
+            self._text(table, where, "limit-rate") or "",
         )
 
     def _wrong(self, what: str) -> UsageError:

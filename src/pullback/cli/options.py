@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from pullback.engine.domain import DomainAddress
     from pullback.engine.freezing import Freeze
     from pullback.plan.method import Method
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 Repo = Annotated[
     str | None,
@@ -77,6 +80,10 @@ MethodOption = Annotated[
 Scratch = Annotated[
     str | None, typer.Option("--scratch", metavar="DIR", help="Where QEMU makes the scratch images [/var/tmp]")
 ]
+LimitRate = Annotated[
+    str | None,
+    typer.Option("--limit-rate", metavar="RATE", help="Read at most so many bytes a second from the disks: 50M"),
+]
 Disks = Annotated[
     list[str] | None, typer.Option("--disk", "-d", metavar="DISK", help="Only this disk; may be repeated")
 ]
@@ -88,6 +95,22 @@ def repository_options(
     """What the command line says, else the environment, else the configuration file."""
     given = RepositoryOptions(repo, password_file, password_command)
     return given.or_else(from_environment()).or_else(config.repository)
+
+
+def size_of(text: str) -> int:
+    """Bytes from a number with a unit; UsageError for another word."""
+    if (match := re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text, re.IGNORECASE)) is None:
+        raise UsageError(f"{text!r} is no size", todo="Write a number of bytes, or one with K, M, G or T: 64M.")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def rate_of(given: str | None, config: DomainOptions) -> int:
+    """Bytes a second that the command line allows, else the configuration; 0 for no limit."""
+    from pullback.engine.rate import Rate
+
+    rate = size_of(given) if given is not None else size_of(config.limit_rate or "0")
+    Rate(rate)  # refuses one that is too small
+    return rate
 
 
 def cache_options(directory: str | None, none: bool, json: bool) -> CacheOptions:
@@ -131,6 +154,7 @@ __all__ = [
     "DryRun",
     "FreezeOption",
     "Json",
+    "LimitRate",
     "LockRetry",
     "MethodOption",
     "NoCache",
@@ -146,5 +170,7 @@ __all__ = [
     "freeze_mode",
     "load_config",
     "method_of",
+    "rate_of",
     "repository_options",
+    "size_of",
 ]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,12 +12,9 @@ from pullback.cli.exports import listen_address
 from pullback.cli.interrupts import run_interruptible
 from pullback.cli.passwords import repository_opener
 from pullback.cli.reporter import Reporter
-from pullback.errors import UsageError
 
 if TYPE_CHECKING:
     from pullback.engine.events import Event
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def serve(
@@ -48,7 +44,7 @@ def serve(
     json: opt.Json = False,
 ) -> None:
     """Serve a backup's disks over NBD, read-only, until it is stopped; prints a URI for each."""
-    address, size = listen_address(socket, listen), _size(cache_size)
+    address, size = listen_address(socket, listen), opt.size_of(cache_size)
     where = opt.repository_options(repo, password_file, password_command, opt.load_config(config))
     opener = repository_opener(where, opt.cache_options(cache_dir, no_cache, json))
     from pullback.engine.events import Serving
@@ -69,10 +65,3 @@ def serve(
         reporter.result(
             {"event": "served", "backup": served.backup, "bytes_loaded": served.bytes_loaded, "seconds": seconds}
         )
-
-
-def _size(text: str) -> int:
-    """Bytes from a number with a unit; UsageError for another word."""
-    if (match := re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text, re.IGNORECASE)) is None:
-        raise UsageError(f"{text!r} is no size", todo="Write a number of bytes, or one with K, M, G or T: 64M.")
-    return int(match[1]) * _UNITS[match[2].upper()]

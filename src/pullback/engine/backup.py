@@ -25,6 +25,7 @@ from pullback.engine.events import DiskPlanned, Emit, Frozen, Note
 from pullback.engine.exporting import ExportRequest
 from pullback.engine.freezing import Freeze, Snapshot, SnapshotRequest
 from pullback.engine.pushing import push_disks
+from pullback.engine.rate import Rate
 from pullback.engine.session import Tell, uncancelled
 from pullback.engine.storing import Prepared, Storing, stored_points
 from pullback.engine.workdir import DEFAULT_BASE, work_directory
@@ -50,7 +51,10 @@ _PROGRESS_EVERY = 0.2
 
 @dataclass(frozen=True, slots=True)
 class BackupRequest:
-    """What to back up and how; ``scratch`` is a directory, ``threads`` 0 means one per core."""
+    """What to back up and how; ``scratch`` is a directory, ``threads`` 0 means one per core.
+
+    ``limit_rate`` is in bytes per second, 0 for none; UsageError below 64 KiB.
+    """
 
     domain: DomainAddress
     disks: tuple[str, ...] = ()
@@ -62,6 +66,7 @@ class BackupRequest:
     lock_retry: float = 0.0
     threads: int = 0
     prove: Prove | None = None
+    limit_rate: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +165,7 @@ async def _backup(
         emit(Note(f"Cleared what a client that died had left: {cleared}."))
     prepared = await _prepare(domain, repository, request, emit)
     _tell(prepared, emit)
-    storing = Storing(repository, prepared, request.threads, emit, reopen)
+    storing = Storing(repository, prepared, request.threads, emit, reopen, Rate(request.limit_rate))
     try:
         try:
             await _store(domain, request, prepared, storing, emit)

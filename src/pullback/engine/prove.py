@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from pullback.engine.rate import Rate
 from pullback.engine.reading import IN_FLIGHT, REQUEST, Connections, FrozenDisk, Readers, Window, cut, submit, wait
 from pullback.errors import Damaged, PullbackError
 from pullback.model.extents import Span, merged
@@ -52,10 +53,13 @@ class Proving:
     ``done`` (of ``total`` bytes to compare) may be looked at while it runs.
     """
 
-    def __init__(self, repository: Repository, stored: StoredBackup, disks: Sequence[tuple[FrozenDisk, Proof]]) -> None:
+    def __init__(
+        self, repository: Repository, stored: StoredBackup, disks: Sequence[tuple[FrozenDisk, Proof]], rate: Rate
+    ) -> None:
         self._repository = repository
         self._stored = stored
-        self._readers = Readers(self._all_batches(disks))
+        self.rate = rate
+        self._readers = Readers(self._all_batches(disks), rate)
         self._differences: list[Difference] = []
         self.total = sum(span.length for _, proof in disks for span in proof.spans)
         self.done = 0
@@ -132,7 +136,7 @@ class _Line:
             while not self._free:
                 self._take(batch, connection)
             one.window.buffer = self._free.pop()
-            for cookie in submit(connection, one.window, batch.disk.unit):
+            for cookie in submit(connection, one.window, batch.disk.unit, self._proving.rate):
                 self._flying[cookie] = one
         while self._flying:
             self._take(batch, connection)

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from pullback.engine.rate import Rate
 from pullback.engine.reading import IN_FLIGHT, REQUEST, Connections, FrozenDisk, Readers, Window, cut, submit, wait
 from pullback.model.extents import Span
 from pullback.model.units import CHUNK, MIB
@@ -83,10 +84,11 @@ class Pull:
     ``counts`` (by target) and ``done`` (bytes read) may be looked at while it runs.
     """
 
-    def __init__(self, builder: BackupBuilder, sources: Sequence[DiskPull], let_go: bool) -> None:
+    def __init__(self, builder: BackupBuilder, sources: Sequence[DiskPull], let_go: bool, rate: Rate) -> None:
         self._builder = builder
         self._let_go = let_go
-        self._readers = Readers(self._all_batches(sources))
+        self.rate = rate
+        self._readers = Readers(self._all_batches(sources), rate)
         self._lock = self._readers.lock
         self._zero_ids: dict[int, BlobId] = {}
         self.counts = {source.target: DiskCount() for source in sources}
@@ -197,7 +199,7 @@ class _Line:
         while reads or flying:
             while reads and self._free:
                 window = Window(reads.popleft(), self._free.pop())
-                for cookie in submit(connection, window, frozen.unit):
+                for cookie in submit(connection, window, frozen.unit, self._pull.rate):
                     flying[cookie] = window
             arrived = flying.pop(wait(connection, frozen))
             if arrived is None:

@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pullback.engine.pull import DiskCount
+from pullback.engine.rate import Rate
 from pullback.engine.survey import read_segment
 from pullback.errors import PullbackError, TransferError
 from pullback.model.extents import Span, merged
 from pullback.model.units import CHUNK, SEGMENT, align_down
+from pullback.nbd.framing import pieces
 from pullback.nbd.protocol import AllocationFlag
 from pullback.plan.grid import Grid, Places, cold_grid
 from pullback.plan.pull import segment_count, segment_size
@@ -72,13 +74,14 @@ class PushedDisk:
     ``failure`` is the first error of our own: to QEMU it is an error of the server.
     """
 
-    def __init__(self, target: str, size: int, writers: Writers, cut: Callable[[int], Grid]) -> None:
+    def __init__(self, target: str, size: int, writers: Writers, cut: Callable[[int], Grid], rate: Rate) -> None:
         self.target = target
         self.size = size
         self.count = DiskCount()
         self.failure: PullbackError | None = None
         self._writers = writers
         self._cut = cut
+        self._rate = rate
         self._lock = threading.Lock()
         self._begun: dict[int, _Begun] = {}
         self._segments: dict[int, _Segment] = {}
@@ -95,7 +98,9 @@ class PushedDisk:
         return [(length, int(AllocationFlag.HOLE | AllocationFlag.ZERO))]
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Take a piece; the chunks it completes are stored."""
+        """Take a piece, when the limit lets it; the chunks it completes are stored."""
+        for _, length in pieces(len(data), self._rate.piece(CHUNK)):
+            self._rate.take(length)
         self._guarded(lambda: self._take(offset, len(data), data))
 
     def write_zeroes(self, offset: int, length: int, no_hole: bool) -> None:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+from pullback.engine.cores import cores
 from pullback.engine.domain import Domain
 from pullback.engine.freezing import Snapshot
 from pullback.engine.push import PushedDisk
@@ -57,19 +58,22 @@ async def push_disks(domain: Domain, prepared: Prepared, snapshot: Snapshot, sto
         for disk in prepared.selection.disks
     ]
     async with _serving(domain, pushed, socket):
-        await domain.session.run(start_push(parts, socket))
-        await _all_pushed(domain, parts, pushed, storing)
-        checked = [await _distrusted(domain, part, pushed[part.target], storing, socket) for part in parts]
-        if again := [part for part in checked if part is not None]:
-            await domain.session.run(start_push(again, socket))
-            await _all_pushed(domain, again, pushed, storing)
+        try:
+            await domain.session.run(start_push(parts, socket))
+            await _all_pushed(domain, parts, pushed, storing)
+            checked = [await _distrusted(domain, part, pushed[part.target], storing, socket) for part in parts]
+            if again := [part for part in checked if part is not None]:
+                await domain.session.run(start_push(again, socket))
+                await _all_pushed(domain, again, pushed, storing)
+        finally:
+            storing.rate.stop()  # or the server would wait for writes that wait for the limit
     await asyncio.to_thread(storing.finish_push, list(pushed.values()))
 
 
 @asynccontextmanager
 async def _serving(domain: Domain, exports: Mapping[str, Backend], socket: str) -> AsyncIterator[None]:
     """A server that QEMU, and nobody but it and us, can connect to."""
-    async with NbdServer(exports, workers=os.cpu_count() or 1) as server:
+    async with NbdServer(exports, workers=cores()) as server:
         await server.listen(UnixAddress(socket))
         peer = domain.session.peer
         if os.geteuid() == 0 and peer.uid != 0:

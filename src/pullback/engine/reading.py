@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from pullback.engine.rate import Rate
 from pullback.errors import NbdRefused, PullbackError, SnapshotBroken
 from pullback.model.extents import Span
 from pullback.model.units import MIB, align_up
@@ -47,10 +48,14 @@ class Window:
 
 
 class Readers(Generic[Batch]):
-    """The threads; made once, run once.  ``lock`` is held while the next batch is taken."""
+    """The threads; made once, run once.  ``lock`` is held while the next batch is taken.
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
+    All of them together read no faster than ``rate`` lets them.
+    """
+
+    def __init__(self, batches: Iterator[Batch], rate: Rate) -> None:
         self.lock = threading.Lock()
+        self.rate = rate
         self._batches = batches
         self._connections: list[NbdConnection] = []
         self._failure: PullbackError | None = None
@@ -74,6 +79,7 @@ class Readers(Generic[Batch]):
             self.stopped = True
             for connection in self._connections:
                 connection.abort()
+        self.rate.stop()
 
     def _next(self) -> Batch | None:
         with self.lock:
@@ -127,13 +133,13 @@ def cut(span: Span, unit: int) -> Iterator[Span]:
         offset = end
 
 
-def submit(connection: NbdConnection, window: Window, unit: int) -> list[int]:
-    """Ask for what fills the window, by requests that cross no multiple of ``unit``."""
+def submit(connection: NbdConnection, window: Window, unit: int, rate: Rate) -> list[int]:
+    """Ask for what fills the window, by requests that cross no multiple of ``unit``, when ``rate`` lets them."""
     view, begin = memoryview(window.buffer), window.span.offset
-    cookies = [
-        connection.submit_read(piece.offset, view[piece.offset - begin : piece.end - begin])
-        for piece in cut(window.span, unit)
-    ]
+    cookies = []
+    for piece in cut(window.span, rate.piece(unit)):
+        rate.take(piece.length)
+        cookies.append(connection.submit_read(piece.offset, view[piece.offset - begin : piece.end - begin]))
     window.requests = len(cookies)
     return cookies
 

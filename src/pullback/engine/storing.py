@@ -6,16 +6,17 @@ Everything here blocks and runs on threads; :class:`Storing` is used by one thre
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pullback
+from pullback.engine.cores import cores
 from pullback.engine.events import Emit, Note, Progress
 from pullback.engine.freezing import Snapshot
 from pullback.engine.prove import Proving
 from pullback.engine.pull import DiskCount, Pull
 from pullback.engine.push import PushedDisk, Writers
+from pullback.engine.rate import Rate
 from pullback.engine.reading import FrozenDisk
 from pullback.engine.survey import Offered, Survey, grids_like, read_segment, survey
 from pullback.errors import Damaged, RepositoryUnsupported
@@ -101,12 +102,14 @@ class Storing:
         threads: int,
         emit: Emit,
         reopen: Callable[[], Repository],
+        rate: Rate,
     ) -> None:
+        self.rate = rate
         self._reopen = reopen
         self._repository = repository
         self._emit = emit
         self._prepared = prepared
-        self._threads = threads or os.cpu_count() or 1
+        self._threads = threads or cores()
         self._writers: list[PackWriter] = []
         self._counts: Mapping[str, DiskCount] = {}
         self._stored = {
@@ -136,6 +139,7 @@ class Storing:
     def stop(self) -> None:
         """End the pull soon, from any thread."""
         self._stopped = True
+        self.rate.stop()
         if self.pull is not None:
             self.pull.stop()
         if self._proving is not None:
@@ -201,7 +205,7 @@ class Storing:
             builder.add_disk(one.source.target)
             for segment in one.kept:
                 builder.keep_segment(one.source.target, segment.number, segment.subtree_id)
-        self.pull = Pull(builder, [one.source for one in surveys], let_go=not self._prepared.prove)
+        self.pull = Pull(builder, [one.source for one in surveys], not self._prepared.prove, self.rate)
         if not self._stopped:
             self.pull.run(self._writers)
         self._counts = self.pull.counts
@@ -234,7 +238,7 @@ class Storing:
         self._builder = self._begin(self._threads)
         writers = Writers(self._writers)
         pushed = [
-            PushedDisk(disk.target, disk.virtual_size, writers, self._cut(disk))
+            PushedDisk(disk.target, disk.virtual_size, writers, self._cut(disk), self.rate)
             for disk in self._prepared.selection.disks
         ]
         self._counts = {disk.target: disk.count for disk in pushed}
@@ -278,7 +282,7 @@ class Storing:
             stored = StoredBackup(repository, replace(unsaved, id="(new)"))
             if parse_manifest(stored.manifest_bytes()) != manifest:
                 raise Damaged("its manifest is another")
-            proving = self._proving = Proving(repository, stored, self._proofs)
+            proving = self._proving = Proving(repository, stored, self._proofs, self.rate)
             if self._stopped:
                 proving.stop()
             proving.run(self._threads)

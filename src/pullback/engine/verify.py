@@ -13,7 +13,6 @@ Besides the index, memory holds 4 bytes for each blob of a segment and one pack 
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import time
 from array import array
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from pullback.engine.cores import cores
 from pullback.engine.damage import Damage, DamageMap
 from pullback.engine.events import Emit, Note, Progress
 from pullback.engine.forgetting import TAG
@@ -222,7 +222,7 @@ class Verification:
         packs = sorted(survey.needed.keys() - survey.suspects.keys())
         total = sum(self._pack_sizes[pack] for pack in packs)
         self._total = total
-        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:
+        with ThreadPoolExecutor(min(_MOST_THREADS, cores())) as threads:
             for pack, why in zip(packs, threads.map(self._read_pack, packs), strict=True):
                 if why:
                     survey.suspects[pack] = why

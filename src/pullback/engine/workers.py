@@ -7,13 +7,13 @@ restore share the threads, and memory is bounded by their number.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+from pullback.engine.cores import cores
 from pullback.engine.events import Emit, Progress
 from pullback.errors import PullbackError, RestoreError
 from pullback.nbd.address import UnixAddress
@@ -83,7 +83,7 @@ class Work(Generic[Item]):
     def run(self, emit: Emit) -> None:
         """Do everything; raises the first failure when all threads have ended."""
         items = self.items()
-        threads = os.cpu_count() or 1
+        threads = cores()
         with ThreadPoolExecutor(threads, thread_name_prefix=f"pullback-{self.name}") as pool:
             workers = [pool.submit(self._work, items) for _ in range(threads)]
             while not all(worker.done() for worker in workers):
