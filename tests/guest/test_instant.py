@@ -12,6 +12,7 @@ import base64
 import itertools
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -25,10 +26,16 @@ from pullback.nbd.address import UnixAddress
 from pullback.plan.command import Paused, Plan
 from pullback.plan.method import Method
 from pullback.qemu.monitor import Monitor
+from pullback.repository import locks
+from tests.support.backups import open_repository, read_disk
 from tests.support.product import MIB, Stage
 
 RECORD = 512
 POINTS = 20
+# Backups of a history, which begins with empty disks: what the guest writes meanwhile has to fit them.
+HISTORIES, ROUNDS = 4, 5
+# Durable records a second, on a machine that has other things to do.
+SLOWEST = 100
 BASE, HEADERS = 0x400000, 64 + 56
 
 
@@ -82,7 +89,12 @@ def writing(world: tuple[Vm, Stage]) -> Iterator[None]:
 def records(uri: str) -> list[int]:
     """The numbers on a disk, by place."""
     done = subprocess.run(["nbdcopy", uri, "-"], capture_output=True, check=True)
-    return memoryview(done.stdout).cast("Q")[:: RECORD // 8].tolist()
+    return numbers(done.stdout)
+
+
+def numbers(disk: bytes) -> list[int]:
+    """The numbers in what a disk holds, by place."""
+    return memoryview(disk).cast("Q")[:: RECORD // 8].tolist()
 
 
 def missing(odd: list[int], even: list[int]) -> list[int]:
@@ -138,6 +150,37 @@ def test_the_judge_sees_a_gap_between_the_disks(world: tuple[Vm, Stage], monkeyp
     with mock.patch.object(Monitor, "execute", slow):
         found = asyncio.run(points(*world, "filter", 3))
     assert any(lost for _, lost, _ in found)
+
+
+def held(stage: Stage, backup: str) -> tuple[list[int], list[int]]:
+    """The numbers on both disks of a backup, by place."""
+    repository = open_repository(stage.repo)
+    odd, even = (numbers(read_disk(repository, backup, disk)) for disk in ("vda", "vdb"))
+    return odd, even
+
+
+@pytest.mark.usefixtures("writing")
+@pytest.mark.parametrize("history", range(HISTORIES))
+def test_every_backup_is_a_prefix_of_what_was_written(
+    world: tuple[Vm, Stage], history: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full and incremental ones, one after the other while the guest writes; the first one of a history may be an
+    incremental one, too, over disks that were discarded."""
+    monkeypatch.setattr(locks, "SETTLE", 0.0)
+    vm, stage = world
+    made: list[tuple[str, float, set[str]]] = []
+    for number in range(ROUNDS):
+        backup = stage.backup(vm, full=history % 2 == 0 and number == 0)
+        made.append((backup.id, time.monotonic(), {disk.mode for disk in backup.manifest.disks}))
+    assert [kinds for _, _, kinds in made[1:]] == [{"incremental"}] * (ROUNDS - 1)
+    assert made[0][2] == {"incremental" if history % 2 else "full"}
+    points = [held(stage, backup) for backup, _, _ in made]
+    assert [missing(*point) for point in points] == [[]] * ROUNDS
+    latest = [max(*odd, *even) for odd, even in points]
+    assert all(after > before for before, after in itertools.pairwise(latest)), "the guest stood still"
+    rate = (latest[-1] - latest[0]) / (made[-1][1] - made[0][1])
+    print(f"{ROUNDS} backups while {latest[-1]} records were written, {rate:.0f} a second")
+    assert rate > SLOWEST
 
 
 def test_the_judge_counts_what_is_missing() -> None:
