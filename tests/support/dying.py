@@ -100,19 +100,20 @@ def at_call(owner: Any, name: str, count: int = 1, after: bool = False) -> Point
 
 def hit_backup(stage: Stage, qemu: Qemu, point: Point, blow: Blow, **more: Any) -> int:
     """A backup in a child that ``blow`` hits at ``point``; its exit code, or minus the signal."""
+    return forked(lambda: hit_here(stage, qemu, point, blow, **more))
 
-    def work() -> int:
-        with point(blow):
-            try:
-                run_interruptible(run_backup(stage.request(qemu, **more), lambda: open_repository(stage.repo), silent))
-            except Interrupted:
-                return EXIT_INTERRUPTED
-            except PullbackError as error:
-                print(error)
-                return error.exit_code
-        return 0
 
-    return forked(work)
+def hit_here(stage: Stage, qemu: Qemu, point: Point, blow: Blow, **more: Any) -> int:
+    """The same in this process, if it goes on after it."""
+    with point(blow):
+        try:
+            run_interruptible(run_backup(stage.request(qemu, **more), lambda: open_repository(stage.repo), silent))
+        except Interrupted:
+            return EXIT_INTERRUPTED
+        except PullbackError as error:
+            print(error)
+            return error.exit_code
+    return 0
 
 
 def commands_of(stage: Stage, qemu: Qemu) -> int:

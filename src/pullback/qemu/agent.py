@@ -19,6 +19,8 @@ from pullback.qemu.guard import Guard
 
 #: Seconds for the first sign of life, and for a command (a freeze writes out what the file systems hold in memory).
 _SYNC_TIMEOUT, _COMMAND_TIMEOUT = 5.0, 60.0
+#: Seconds for which file systems may stay frozen; it is less than one unless we are stopped.
+FROZEN_LIMIT = 10.0
 _LINE_LIMIT = 1 << 20
 
 
@@ -81,6 +83,10 @@ class Agent:
             await self.synchronize()
             return await self._command("guest-fsfreeze-thaw")
 
+    def fileno(self) -> int:
+        """The descriptor of the connection's socket."""
+        return int(self._writer.get_extra_info("socket").fileno())
+
     async def close(self) -> None:
         """Close the connection."""
         self._writer.close()
@@ -109,22 +115,30 @@ async def connect_agent(path: str) -> Agent:
 
 @asynccontextmanager
 async def frozen_file_systems(agent: Agent) -> AsyncIterator[None]:
-    """Keep all file systems frozen while the block runs.  They thaw however it ends, even by SIGKILL.
+    """Keep all file systems frozen while the block runs.  They thaw however it ends, even by SIGKILL, or does not end.
 
-    NotFrozen, before the block runs, when the agent cannot freeze them or finds none.
+    NotFrozen, before the block runs, when the agent cannot freeze them or finds none; DomainError after it when it took
+    longer than FROZEN_LIMIT.
     """
-    guard = Guard([("agent", agent.path)])
+    guard = Guard("agent", agent.path, agent.fileno())
     thawed = False
     try:
         await guard.ready()
-        await guard.arm()
+        await guard.arm(_COMMAND_TIMEOUT + FROZEN_LIMIT)
         try:
             await _freeze(agent)
+            await guard.arm(FROZEN_LIMIT)
             yield
         finally:
             await asyncio.shield(_thaw(agent))
             await guard.disarm()
             thawed = True
+        if guard.undid:
+            raise DomainError(
+                f"the file systems inside were frozen for {FROZEN_LIMIT:.0f} s, and then were thawed",
+                means="The disks were frozen too late, so nothing was stored; earlier backups are untouched.",
+                todo="Run it again. Either pullback itself was stopped meanwhile, or QEMU was too slow.",
+            )
     finally:
         if not thawed:
             # The guard is armed still, and the agent serves one client at a time.

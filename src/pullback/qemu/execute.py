@@ -10,10 +10,13 @@ from contextlib import asynccontextmanager
 
 from qemu.qmp import EventListener
 
-from pullback.errors import CommandFailed, DomainUnreachable
+from pullback.errors import CommandFailed, DomainError, DomainUnreachable
 from pullback.plan.command import ExportDeleted, JobConcluded, JobGone, Paused, Plan, Step
 from pullback.qemu.guard import Guard
 from pullback.qemu.monitor import REPLY_TIMEOUT, Monitor
+
+#: Seconds for which a domain may stand still; it is milliseconds unless we are stopped, or QEMU cannot drain its I/O.
+PAUSE_LIMIT = 10.0
 
 
 async def _job_concluded(monitor: Monitor, job_id: str, events: EventListener) -> None:
@@ -94,7 +97,7 @@ async def _run_step(monitor: Monitor, step: Step) -> None:
 async def _stopped(monitor: Monitor, guard: Guard) -> AsyncIterator[None]:
     """Pause the domain; continue it only if it was we who paused it (QEMU's STOP event says so)."""
     async with monitor.events("STOP") as events:
-        await guard.arm()
+        await guard.arm(PAUSE_LIMIT)
         try:
             await monitor.execute("stop")
             if events.empty():
@@ -113,7 +116,7 @@ async def _continue(monitor: Monitor, guard: Guard) -> None:
 
 
 async def _run_paused(monitor: Monitor, action: Paused) -> float:
-    guard = Guard([("qmp", monitor.path)])
+    guard = Guard("qmp", monitor.path, monitor.fileno())
     try:
         await guard.ready()
         for step in action.before:
@@ -122,6 +125,12 @@ async def _run_paused(monitor: Monitor, action: Paused) -> float:
         async with _stopped(monitor, guard):
             for step in action.steps:
                 await run_step(monitor, step)
+        if guard.undid:
+            raise DomainError(
+                f"the domain was paused for {PAUSE_LIMIT:.0f} s, and then was let go on",
+                means="Its disks were not frozen at one instant, so nothing was stored; earlier backups are untouched.",
+                todo="Run it again. Either pullback itself was stopped meanwhile, or QEMU was too slow.",
+            )
         return time.monotonic() - begin
     finally:
         if monitor.lost:

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny process that lets a domain go on if the one that holds it still dies: ``cont`` for a paused domain, a thaw for
-file systems that the guest agent froze.
+"""A tiny process that lets a domain go on if the one that holds it dies or stands still.
+
+That is ``cont`` for a paused domain, and a thaw for file systems that the guest agent froze.
 
     pullback ──pipe──► guard
        │                 │  the pipe closes without "disarmed": connect, undo
-       └──QMP──► QEMU ◄──┘
+       └──QMP──► QEMU ◄──┘  nothing comes for too long: undo, over the connection that pullback itself has
 
 It runs in a session of its own, so a signal to pullback's process group does not reach it, and imports nothing
 but the standard library, so it is there within milliseconds.  A monitor, and an agent's socket, take its connection as
-soon as the kernel has closed the dead one's.
+soon as the kernel has closed the dead one's.  One that stands still (SIGSTOP, a stuck file system, a debugger) keeps
+its connection, and these sockets serve one at a time: so the guard holds the same socket, and says one line there.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 
-ARM, DISARM, READY = b"a", b"d", b"r"
+ARM, DISARM, READY, UNDID = b"a", b"d", b"r", b"u"
+_MESSAGE = 32
 
 #: For how long, in seconds, the guard tries to reach the other side.
 PERSISTENCE = 30.0
@@ -75,32 +78,52 @@ def _persist(kind: str, path: str) -> None:
         time.sleep(0.05)
 
 
-def main(undo: Sequence[tuple[str, str]], pipe: int) -> None:
-    """Serve until the pipe closes; undo if that happens while armed."""
+def _undo_beside(kind: str, shared: int) -> None:
+    """Undo over the connection of one that lives, and will find a reply with an id that it never used."""
+    line = json.dumps(_UNDO[kind][-1] | ({"id": "guard"} if kind == "qmp" else {})).encode() + b"\r\n"
+    try:
+        os.write(shared, line)
+    except OSError:
+        return  # the connection is lost, and whoever had it knows that
+
+
+def main(kind: str, path: str, shared: int, pipe: int) -> None:
+    """Serve until the pipe closes; undo if that happens while armed, and whenever that lasts too long."""
     os.write(sys.stdout.fileno(), READY)
-    armed = False
-    while message := os.read(pipe, 1):
-        armed = message == ARM
-        os.write(sys.stdout.fileno(), message)
-    if armed:
-        for kind, path in undo:
-            _persist(kind, path)
+    limit: float | None = None
+    undid = False
+    while True:
+        if not select.select([pipe], [], [], limit)[0]:
+            _undo_beside(kind, shared)
+            undid = True
+            continue
+        message = os.read(pipe, _MESSAGE)
+        if not message:
+            break
+        limit = float(message[1:]) if message[:1] == ARM else None
+        os.write(sys.stdout.fileno(), UNDID if undid else message[:1])
+    os.close(shared)
+    if limit is not None:
+        _persist(kind, path)
 
 
 class Guard:
-    """The parent's end.  Between :meth:`arm` and :meth:`disarm` our death makes it undo.
+    """The parent's end.  Between :meth:`arm` and :meth:`disarm` our death, or too long a silence, makes it undo.
 
-    ``undo`` are kinds ("qmp": continue the domain, "agent": thaw its file systems) with the paths of their sockets.
+    ``kind`` is what it undoes ("qmp": continue the domain, "agent": thaw its file systems), ``path`` the socket for
+    that, ``shared`` the descriptor of our own connection to it.
     """
 
-    def __init__(self, undo: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, kind: str, path: str, shared: int) -> None:
+        #: Whether the guard undid what we did because it lasted too long.
+        self.undid = False
         read_end, self._pipe = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, json.dumps(list(undo)), str(read_end)],
+            [sys.executable, "-I", "-S", __file__, kind, path, str(shared), str(read_end)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            pass_fds=(read_end,),
+            pass_fds=(read_end, shared),
             start_new_session=True,
         )
         os.close(read_end)
@@ -108,16 +131,18 @@ class Guard:
     async def _expect(self, message: bytes) -> None:
         out = self._process.stdout
         assert out is not None
-        if await asyncio.to_thread(os.read, out.fileno(), 1) != message:
+        said = await asyncio.to_thread(os.read, out.fileno(), 1)
+        self.undid |= said == UNDID
+        if said not in (message, UNDID):
             raise ChildProcessError("the guard process ended")
 
     async def ready(self) -> None:
         """Wait until the guard runs."""
         await self._expect(READY)
 
-    async def arm(self) -> None:
-        """From here on, our death makes the guard undo."""
-        os.write(self._pipe, ARM)
+    async def arm(self, limit: float) -> None:
+        """From here on, our death makes the guard undo, and so does a silence of ``limit`` seconds."""
+        os.write(self._pipe, ARM + str(limit).encode())
         await self._expect(ARM)
 
     async def disarm(self) -> None:
@@ -134,4 +159,4 @@ class Guard:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -148,10 +148,11 @@ class _Client(QMPClient):
 class Monitor:
     """One QMP session; made by :func:`connect`."""
 
-    def __init__(self, client: QMPClient, path: str, greeting: Mapping[str, Any], trace: Trace | None) -> None:
+    def __init__(self, client: QMPClient, line: Line, greeting: Mapping[str, Any], trace: Trace | None) -> None:
         self._client = client
         self._trace = trace
-        self.path = path
+        self._socket = line.socket
+        self.path = line.path
         version = Reply(greeting, "the greeting").member("QMP").member("version").member("qemu")
         self.version: tuple[int, int, int] = (version.size("major"), version.size("minor"), version.size("micro"))
         self.lost = False
@@ -203,6 +204,10 @@ class Monitor:
             for job in replies(await self.execute("query-jobs"), "query-jobs")
         }
 
+    def fileno(self) -> int:
+        """The descriptor of the connection's socket."""
+        return self._socket.fileno()
+
     @asynccontextmanager
     async def events(self, *names: str) -> AsyncIterator[EventListener]:
         """Collect events of these names while the block runs."""
@@ -238,7 +243,7 @@ async def connect(line: Line, trace: Trace | None = None) -> Monitor:
         ) from error
     greeting = client.greeting
     assert greeting is not None
-    return Monitor(client, line.path, greeting._asdict(), trace)
+    return Monitor(client, line, greeting._asdict(), trace)
 
 
 async def _abandon(client: QMPClient) -> None:

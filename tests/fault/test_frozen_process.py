@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""pullback stopped (SIGSTOP) at a point of a backup and continued later, while the domain writes.
+
+The backup goes on and is right, or ends with one error; a domain that it held paused does not wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lab.processes import wait_for
+from lab.qemu import BareQemu
+from pullback.engine.pull import Pull
+from pullback.qemu import execute
+from pullback.repository.repository import Repository
+from pullback.repository.writer import PackWriter
+from tests.support import dying
+from tests.support.life import Life
+from tests.support.product import references, run_state
+from tests.support.survival import Fault, survives
+
+Start = Callable[..., BareQemu]
+
+IN_THE_DATA = [dying.at_call(Pull, "run"), dying.at_call(PackWriter, "add", 3), dying.at_call(Pull, "finish_segment")]
+IN_THE_COMMIT = [
+    dying.at_call(Repository, "save_index"),
+    dying.at_call(Repository, "save_snapshot"),
+    dying.at_call(Repository, "save_snapshot", after=True),
+]
+
+
+class Stopping(Life):
+    """A domain whose backups are stopped for a while."""
+
+    def stopped(self, point: dying.Point) -> int:
+        """A backup that stops itself at ``point`` until the domain has written; its exit code."""
+        self.go_on()
+        before, chains = references(self.qemu), self.chains()
+        child = os.fork()
+        if child == 0:
+            code = 99
+            try:
+                code = dying.hit_here(self.stage, self.qemu, point, signal.SIGSTOP)
+            finally:
+                os._exit(code)
+        try:
+            assert os.WIFSTOPPED(_changed(child))
+            # Within the guard's time, wherever it is.
+            wait_for(lambda: run_state(self.qemu) == "running", "the domain to run on", timeout=10)
+            self.go_on()
+            os.kill(child, signal.SIGCONT)
+            code = os.waitstatus_to_exitcode(_changed(child))
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise
+        assert run_state(self.qemu) == "running"
+        after = references(self.qemu)
+        (extra,) = set(self.stage.listed()) - set(self.states) or {None}
+        assert (extra is None) == (code != 0)
+        if extra is None:
+            assert self.chains() == chains
+        else:
+            self._is_one_of(extra, before, after)
+        self.nothing_left()
+        return code
+
+    def _is_one_of(self, backup: str, *states: dict[str, bytes]) -> None:
+        """What it holds is what the disks held at one of two instants, all of them."""
+        for state in states:
+            self.states[backup] = state
+            try:
+                self.judge(backup)
+                return
+            except AssertionError:
+                continue
+        raise AssertionError("it is of no instant")
+
+
+def _changed(child: int) -> int:
+    """The child's next status: it was stopped, or ended."""
+
+    def look() -> tuple[int] | None:
+        pid, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
+        return (status,) if pid else None
+
+    return wait_for(look, "the child to stop or to end", timeout=60)[0]
+
+
+@pytest.fixture
+def life(lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch) -> Stopping:
+    monkeypatch.setattr(execute, "PAUSE_LIMIT", 0.5)
+    return Stopping(lab_dir, bare_qemu, monkeypatch)
+
+
+def test_stopped_inside_the_pause(life: Stopping) -> None:
+    """The guard lets the domain go on; the disks are not of one instant then, so there is no backup."""
+    commands = life.commands()
+    stop, go_on = commands.index("stop") + 1, commands.index("cont") + 1
+    assert go_on > stop + 1
+    for point in (
+        dying.after_sending(stop),
+        *(dying.before_command(at) for at in range(stop + 1, go_on + 1)),
+        dying.after_sending(go_on - 1),
+    ):
+        with survives(Fault.FROZEN_PROCESS):
+            assert life.stopped(point) == 4
+    life.go_on()
+    life.backup()
+    life.judge_all()
+
+
+def test_stopped_anywhere_else(life: Stopping) -> None:
+    commands = life.commands()
+    pause = range(commands.index("stop") + 1, commands.index("cont") + 2)
+    around = [at for at in range(1, len(commands) + 1, 6) if at not in pause]
+    for point in (*map(dying.before_command, around), *IN_THE_DATA, *IN_THE_COMMIT):
+        with survives(Fault.FROZEN_PROCESS):
+            assert life.stopped(point) == 0
+    life.go_on()
+    life.backup()
+    life.judge_all()
