@@ -298,8 +298,8 @@ async def start_writable_export(session: Session, request: ExportRequest) -> tup
         raise Refused(
             f"QEMU does not let another writer at the disks of domain {facts.name} while it uses them: {error.desc}",
             means="Nothing was exported.",
-            todo="Stop the domain and name its images (disk:PATH), or start it with -incoming defer, or give the device"
-            " share-rw=on.",
+            todo="Stop the domain, delete its snapshots, and name its images (disk:PATH); or start it with -incoming"
+            " defer, or give the device share-rw=on.",
         ) from error
 
 

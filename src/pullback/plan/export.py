@@ -96,7 +96,8 @@ def need_server(facts: Facts, server: ServerMark) -> bool:
         raise Refused(
             f"QEMU's one NBD server listens at {running.place} already, for another export of ours",
             means="Nothing was exported.",
-            todo=f"Export at {running.place} too, or stop the other export first.",
+            todo=f"Export at {running.place} too, or stop the other export first; pullback recover stops one that was"
+            " left by a killed backup.",
         )
     return False
 
