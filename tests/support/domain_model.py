@@ -203,6 +203,16 @@ class DomainModel:
             self.bytes = {disk: bytearray(self.read(disk)) for disk in self.bytes}
         self.look()
 
+    def recover(self) -> None:
+        """A killed backup leaves filters, which let nobody resize the disks, and perhaps the NBD server in use."""
+        self.log.append("recover")
+
+        async def recover() -> None:
+            async with open_domain(self.address) as domain:
+                await domain.recover()
+
+        asyncio.run(recover())
+
     # -- its disks ------------------------------------------------------------------------------------------------
 
     def resize(self, disk: str, sizes: Sequence[int]) -> None:

@@ -128,6 +128,7 @@ class RandomLife:
         """Grown, shrunk, or shrunk and grown again so that it is as large as before."""
         if self.model.snapshots:
             return
+        self.model.recover()
         disk = self.chance.choice(list(self.model.bytes))
         now = len(self.model.bytes[disk])
         sizes = [size for size in SIZES if size != now]
@@ -168,6 +169,7 @@ class RandomLife:
     def snapshot(self) -> None:
         """One is read, deleted or made."""
         model, some = self.model, list(self.model.snapshots)
+        model.recover()
         if some and self.chance.random() < 0.6:
             name = self.chance.choice(some)
             model.judge_snapshot(name)
