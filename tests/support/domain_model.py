@@ -197,8 +197,6 @@ class DomainModel:
         self.qemu.close()
         self.qemu = None
         self.snapshots.clear()
-        for left in self.stage.scratch.iterdir():
-            left.unlink()
         if crash and not flush:
             self.bytes = {disk: bytearray(self.read(disk)) for disk in self.bytes}
         self.look()
