@@ -590,7 +590,7 @@ ALTERED: list[tuple[Callable[[str], list[str]], str, str, str]] = [
     (check_shown_commands, "cli.md", "$ pullback backup qmp:", "$ pullback backup --quick qmp:"),
     (check_shown_commands, "cli.md", "$ pullback backup qmp:", "$ pullback save qmp:"),
     (check_variables, "configuration.md", "| `PULLBACK_CONFIG` | the", "| `PULLBACK_CONF` | the"),
-    (check_dependencies, "dependencies.md", "| typer | >=0.15,<0.30 |", "| typer | >=0.15,<0.31 |"),
+    (check_dependencies, "dependencies.md", "| typer | >=0.15,<0.29 |", "| typer | >=0.15,<0.30 |"),
     (check_dependencies, "dependencies.md", "| nbdkit |", "| nbdkitten |"),
     (check_dependencies, "dependencies.md", "| types |", "| |"),
     (lambda text: check_links(DOCS / "json.md", text), "json.md", "(exit-codes.md)", "(exit-code.md)"),
