@@ -162,6 +162,7 @@ class RepositoryLock:
         self._account = current_account()
         self._name: str | None = None
         self._confirmed = 0.0
+        self._stamp = datetime.max.replace(tzinfo=UTC)
         self._lost: str | None = None
         self._given_up = False
         self._stop = threading.Event()
@@ -233,7 +234,8 @@ class RepositoryLock:
 
     def _write(self) -> str:
         who = self._account
-        lock = LockFile(datetime.now(UTC), self.exclusive, who.hostname, who.username, os.getpid(), who.uid, who.gid)
+        self._stamp = datetime.now(UTC)
+        lock = LockFile(self._stamp, self.exclusive, who.hostname, who.username, os.getpid(), who.uid, who.gid)
         return save_document(self._store, self._key, self._version, FileKind.LOCKS, lock.encode())
 
     def _in_the_way(self, but: str | None = None) -> LockFile | None:
@@ -281,6 +283,9 @@ class RepositoryLock:
         """Whether others could take the lock for stale: refreshing it then would hide what they did meanwhile."""
         if self._lost is None and self.held and _now() - self._confirmed > STALE_AFTER.total_seconds():
             self._lost = "it was not refreshed in time"
+        elif self._lost is None and self.held and datetime.now(UTC) - self._stamp > STALE_AFTER:
+            # Who shares this clock, restic for one, may have deleted since what we rely on.
+            self._lost = "the clock was set forward, by which it is too old to count"
         return self._lost is not None
 
     def check(self) -> None:
