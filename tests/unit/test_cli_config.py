@@ -7,17 +7,20 @@ import os
 import shlex
 import stat
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pullback.cli import passwords
 from pullback.cli.config import Config, DomainOptions, find_domain, load_config
 from pullback.cli.options import repository_options
-from pullback.cli.passwords import RepositoryOptions, read_password
-from pullback.errors import UsageError
+from pullback.cli.passwords import CacheOptions, RepositoryOptions, read_password, repository_opener
+from pullback.errors import RepositoryMissing, UsageError
 from pullback.repository.crypto import ScryptCost
 from pullback.repository.local_store import LocalStore
+from pullback.repository.location import is_local
 from pullback.repository.repository import Repository
 from tests.support.cli import Terminal
 from tests.support.product import Stage
@@ -161,6 +164,38 @@ def test_while_a_repository_is_open_sighup_ends_nothing(tmp_path: Path) -> None:
         "os.kill(os.getpid(), signal.SIGHUP)\n"
     )
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", script]) == 0
+
+
+def test_a_password_is_tried_before_anybody_waits_for_it_and_again_only_for_a_second_call(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stage, opened, tried = Stage(tmp_path), Repository.open, threading.Event()
+    calls: list[Repository] = []
+
+    def watched(*given: Any, **more: Any) -> Repository:
+        calls.append(opened(*given, **more))
+        tried.set()
+        return calls[-1]
+
+    monkeypatch.setattr(Repository, "open", watched)
+    opener = repository_opener(RepositoryOptions(str(stage.repo), password=PASSWORD), CacheOptions(none=True))
+    assert tried.wait(30)
+    first = opener()
+    assert calls == [first]
+    assert opener() is not first and len(calls) == 2
+
+
+def test_what_is_wrong_with_a_repository_is_told_by_the_call_not_before(tmp_path: Path) -> None:
+    opener = repository_opener(RepositoryOptions(str(tmp_path / "none"), password=PASSWORD), CacheOptions(none=True))
+    for _ in range(2):
+        with pytest.raises(RepositoryMissing):
+            opener()
+
+
+@pytest.mark.parametrize("location", ["/srv/backup", "local:relative", "backup", "s3:https://host/bucket"])
+def test_only_a_directory_is_opened_ahead(location: str) -> None:
+    """Whoever presses Ctrl-C does not wait for a store that is away."""
+    assert is_local(location) == ("s3" not in location)
 
 
 # -- the configuration file ---------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,6 +131,22 @@ class CacheOptions:
 
 
 def repository_opener(options: RepositoryOptions, cache: CacheOptions | None = None) -> Callable[[], Repository]:
-    """A function that opens the repository; as repository_access."""
+    """A function that opens the repository; as repository_access.  What it does may have begun before it is called."""
     access, caching = repository_access(options), cache or CacheOptions()
-    return lambda: access.open(caching.path(), caching.warn)
+    from pullback.repository.location import is_local
+
+    def opener() -> Repository:
+        return access.open(caching.path(), caching.warn)
+
+    return _begun(opener) if is_local(access.location) else opener
+
+
+def _begun(opener: Callable[[], Repository]) -> Callable[[], Repository]:
+    """The same function, at work for its first call already: a password takes longer than importing what comes next.
+
+    Not for a store that may be away: whoever presses Ctrl-C must not wait for it (repository.interruption).
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="pullback-open")
+    begun = [pool.submit(opener)]
+    pool.shutdown(wait=False)
+    return lambda: begun.pop().result() if begun else opener()

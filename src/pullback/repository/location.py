@@ -40,6 +40,12 @@ def open_store(location: str) -> Store:
     )
 
 
+def is_local(location: str) -> bool:
+    """Whether `location` is a directory here, in restic's notation."""
+    scheme = _SCHEME.match(location)
+    return scheme is None or scheme[1] == "local"
+
+
 def _local(path: str) -> Store:
     if not path:
         raise UsageError("The repository's path is empty")
