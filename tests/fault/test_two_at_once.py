@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lab.qemu import BareQemu
+from pullback.engine.backup import BackupRequest, run_backup
 from pullback.engine.events import Event, Frozen, silent
 from pullback.engine.restore import Restore, RestoreRequest
 from pullback.engine.workdir import work_directory
@@ -21,9 +24,12 @@ from pullback.model.units import SEGMENT
 from pullback.nbd.blocking import NbdConnection
 from pullback.qemu.monitor import Peer
 from pullback.repository.local_store import LocalStore
+from pullback.repository.writer import PackWriter
+from tests.fault.test_restore_in_place_killed import Halfway
 from tests.support.backups import MOMENT, new_repository, open_repository, store_backup
 from tests.support.product import MIB, Done, Stage, forked, leftovers, references, same
-from tests.support.survival import Fault
+from tests.support.restic import needs_restic
+from tests.support.survival import Fault, survives
 
 Start = Callable[..., BareQemu]
 ME = Peer(os.getpid(), os.geteuid(), os.getegid())
@@ -70,6 +76,132 @@ def test_two_domains_into_one_repository_at_once(lab_dir: Path, bare_qemu: Start
     for qemu, name in ((one, "one"), (two, "two")):
         same(stage.contents(f"{name}@latest"), references(qemu))
     stage.restic.check()
+
+
+def at_once(stage: Stage, *commands: tuple[str | Path, ...]) -> list[Done]:
+    """Run commands side by side, each in a process of its own."""
+    with ThreadPoolExecutor(len(commands)) as pool:
+        return list(pool.map(lambda words: stage.cli(*words), commands))
+
+
+def test_whatever_else_is_asked_of_a_domain_during_its_backup(lab_dir: Path, bare_qemu: Start) -> None:
+    """Over a second monitor: nobody takes the backup's snapshot, its checkpoint or its base away."""
+    stage = Stage(lab_dir)
+    second = ["-qmp", f"unix:{lab_dir}/qmp2,server=on,wait=off"]
+    qemu = bare_qemu([stage.disk("vda", MIB), stage.disk("vdb", MIB)], running=True, extra_args=second)
+    qemu.device_write("vda", 0, MIB, 1)
+    base = stage.backup(qemu)
+    checkpoint, domain = base.manifest.disks[0].checkpoint, f"qmp:{lab_dir}/qmp2"
+    assert checkpoint is not None
+    qemu.device_write("vda", 0, 64 << 10, 2)
+    state = references(qemu)
+    others: dict[str, tuple[str | Path, ...]] = {
+        "recover": ("recover", domain),
+        "checkpoint delete": ("checkpoint", "delete", domain, checkpoint),
+        "snapshot create": ("snapshot", "create", domain, "mine", "--scratch", stage.scratch),
+        "snapshot delete": ("snapshot", "delete", domain, "mine"),
+        "restore in place": ("restore", base.id, "--into", domain),
+    }
+    told: list[Done] = []
+
+    def meanwhile(event: Event) -> None:
+        if isinstance(event, Frozen):
+            qemu.device_write("vdb", 0, 64 << 10, 3)
+            told.extend(at_once(stage, *others.values()))
+
+    made = stage.backup(qemu, meanwhile)
+    for name, done in zip(others, told, strict=True):
+        with survives(Fault.TWO_AT_ONCE):
+            assert done.code == 4, (name, done.err)
+            assert f"another pullback (process {os.getpid()})" in done.err, (name, done.err)
+    same(stage.contents(made.id), state)
+    assert leftovers(qemu, stage.scratch) == []
+    state = references(qemu)
+    after = stage.backup(qemu)
+    assert {disk.mode for disk in (*made.manifest.disks, *after.manifest.disks)} == {"incremental"}
+    same(stage.contents(after.id), state)
+
+
+def test_whatever_else_is_asked_of_a_stopped_domain_during_its_restore(
+    lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second restore, a backup, a clean-up: they say who has the images, and the restore ends as if alone."""
+    halfway = Halfway(Stage(lab_dir), bare_qemu)
+    stage, domain = halfway.stage, f"disk:{halfway.images}"
+    others: dict[str, tuple[str | Path, ...]] = {
+        "restore": ("restore", halfway.backup, "--into", domain),
+        "backup": ("backup", domain, "--name", "lab", "--scratch", stage.scratch),
+        "recover": ("recover", domain),
+        "snapshot delete": ("snapshot", "delete", domain, "mine"),
+    }
+    write, told = NbdConnection.submit_write, list[Done]()
+
+    def meanwhile(self: NbdConnection, *arguments: Any) -> int:
+        if not told:
+            told.extend(at_once(stage, *others.values()))
+        return write(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NbdConnection, "submit_write", meanwhile)
+        halfway.restore()
+    for name, done in zip(others, told, strict=True):
+        with survives(Fault.TWO_AT_ONCE):
+            assert done.code == 4, (name, done.code, done.err)
+            assert "process" in done.err, (name, done.err)
+    assert not halfway.marked()
+    same(halfway.contents(), halfway.wanted)
+    halfway.completes()
+
+
+@pytest.mark.fault(Fault.TWO_AT_ONCE)
+def test_a_stopped_domain_is_not_restored_while_it_is_backed_up(
+    lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halfway = Halfway(Stage(lab_dir), bare_qemu)
+    stage, add, told = halfway.stage, PackWriter.add, list[Done]()
+
+    def meanwhile(self: PackWriter, *arguments: Any) -> Any:
+        if not told:
+            told.append(stage.cli("restore", halfway.backup, "--into", f"disk:{halfway.images}"))
+        return add(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PackWriter, "add", meanwhile)
+        request = BackupRequest(domain=halfway.address, scratch=str(stage.scratch))
+        made = asyncio.run(run_backup(request, lambda: open_repository(stage.repo), silent))
+    assert told[0].code == 4, told[0].err
+    assert "process" in told[0].err
+    same(halfway.contents(), halfway.before)
+    same(stage.contents(made.id), halfway.before)
+    halfway.completes()
+
+
+@needs_restic
+def test_forget_and_prune_during_a_backup(lab_dir: Path, bare_qemu: Start) -> None:
+    """What deletes is told who holds the repository; what is being built on stays."""
+    stage = Stage(lab_dir)
+    qemu = bare_qemu([stage.disk("vda", MIB)], running=True)
+    for fill in (1, 2):
+        qemu.device_write("vda", 0, MIB, fill)
+        base = stage.backup(qemu)
+    qemu.device_write("vda", 0, 64 << 10, 3)
+    state = references(qemu)
+    told: list[Done] = []
+
+    def meanwhile(event: Event) -> None:
+        if isinstance(event, Frozen):
+            told.extend(at_once(stage, ("prune",), ("forget", base.id)))
+
+    made = stage.backup(qemu, meanwhile)
+    for done in told:
+        with survives(Fault.TWO_AT_ONCE):
+            assert done.code == 11, done.err
+            assert str(os.getpid()) in done.err
+    assert len(stage.listed()) == 3
+    assert made.manifest.disks[0].base is not None
+    for done in at_once(stage, ("forget", base.id)) + at_once(stage, ("prune",)):
+        assert done.code == 0, done.err
+    same(stage.contents(made.id), state)
 
 
 def test_waiting_for_a_repository_can_be_ended(lab_dir: Path, bare_qemu: Start) -> None:
