@@ -6,17 +6,24 @@ The backup goes on and is right, or ends with one error; a domain that it held p
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
 import os
 import signal
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lab.processes import wait_for
 from lab.qemu import BareQemu
 from pullback.engine.pull import Pull
-from pullback.qemu import execute
+from pullback.errors import DomainError
+from pullback.qemu import agent, execute
 from pullback.repository.repository import Repository
 from pullback.repository.writer import PackWriter
 from tests.support import dying
@@ -125,3 +132,83 @@ def test_stopped_anywhere_else(life: Stopping) -> None:
     life.go_on()
     life.backup()
     life.judge_all()
+
+
+class GuestAgent:
+    """A guest agent on a unix socket, with one client at a time; ``frozen`` says whether its file systems are."""
+
+    def __init__(self, path: Path) -> None:
+        self.frozen = False
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                with client, client.makefile("rwb") as lines:
+                    for line in lines:
+                        lines.write(self._answer(json.loads(line.rpartition(b"\xff")[2])))
+                        lines.flush()
+
+    def _answer(self, request: dict[str, Any]) -> bytes:
+        name, result, prefix = request["execute"], 1, b""
+        if name == "guest-sync-delimited":
+            result, prefix = request["arguments"]["id"], b"\xff"
+        elif name.startswith("guest-fsfreeze-"):
+            self.frozen = name.endswith("freeze")
+        return prefix + json.dumps({"return": result}).encode() + b"\n"
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join(10)
+
+
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.fault(Fault.FROZEN_PROCESS)
+def test_stopped_while_file_systems_are_frozen(
+    lab_dir: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
+) -> None:
+    """They thaw whether pullback lives or not; one that goes on is told that they did."""
+    monkeypatch.setattr(agent, "FROZEN_LIMIT", 0.3)
+    inside = GuestAgent(lab_dir / "agent")
+
+    async def work() -> int:
+        connected = await agent.connect_agent(str(lab_dir / "agent"))
+        try:
+            async with agent.frozen_file_systems(connected):
+                os.kill(os.getpid(), how)
+        except DomainError as error:
+            return 7 if "then were thawed" in str(error) else 1
+        finally:
+            await connected.close()
+        return 0
+
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            code = asyncio.run(work())
+        finally:
+            os._exit(code)
+    try:
+        status = _changed(child)
+        wait_for(lambda: not inside.frozen, "the thaw", timeout=10)
+        if how == signal.SIGKILL:
+            assert os.WTERMSIG(status) == how
+            return
+        assert os.WIFSTOPPED(status)
+        os.kill(child, signal.SIGCONT)
+        assert os.waitstatus_to_exitcode(_changed(child)) == 7
+        assert not inside.frozen
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        raise
+    finally:
+        inside.close()
