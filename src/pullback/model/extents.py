@@ -50,12 +50,18 @@ FLAG_DIRTY = 1
 def merged(spans: Iterable[tuple[int, int]]) -> list[Span]:
     """Sorted spans, with those that touch or overlap made one."""
     result: list[Span] = []
+    begin = end = -1
+    # Plain numbers, and a Span only when it is whole: a large disk has hundreds of thousands of them.
     for offset, length in spans:
-        if result and offset <= result[-1].end:
-            last = result[-1]
-            result[-1] = Span(last.offset, max(last.end, offset + length) - last.offset)
+        if offset <= end:
+            if offset + length > end:
+                end = offset + length
         elif length:
-            result.append(Span(offset, length))
+            if begin >= 0:
+                result.append(Span(begin, end - begin))
+            begin, end = offset, offset + length
+    if begin >= 0:
+        result.append(Span(begin, end - begin))
     return result
 
 
@@ -84,10 +90,11 @@ def complement(spans: Iterable[Span], size: int) -> list[Span]:
     """What of the disk's ``size`` bytes the sorted ``spans`` leave out."""
     result: list[Span] = []
     position = 0
-    for span in spans:
-        if span.offset > position:
-            result.append(Span(position, span.offset - position))
-        position = max(position, span.end)
+    for offset, length in spans:
+        if offset > position:
+            result.append(Span(position, offset - position))
+        if offset + length > position:
+            position = offset + length
     if position < size:
         result.append(Span(position, size - position))
     return result

@@ -17,10 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import accumulate
+from itertools import accumulate, compress
 
 from pullback.model.extents import Span, merged
-from pullback.model.units import CHUNK, HOT_CHUNK, SEGMENT, align_down, align_up
+from pullback.model.units import CHUNK, HOT_CHUNK, SEGMENT
 
 #: A segment is cut as a whole when one in so many of its slots was hot before and as many become so now; not below
 #: this many slots.
@@ -37,6 +37,7 @@ class Slot(IntEnum):
 
 
 _COLD, _HOT = bytes([Slot.COLD]), bytes([Slot.HOT])
+_HOT_SLOT = int(Slot.HOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +139,15 @@ def next_grid(base: Grid, dirty: Iterable[Span]) -> Grid:
     return Grid(base.size, bytes(slots))
 
 
-def newly_hot(before: Grid, after: Grid) -> Iterator[Span]:
-    """The slots that were cut only now, in the segment's offsets: all their chunks are new."""
+def newly_hot(before: Grid, after: Grid, at: int = 0) -> list[tuple[int, int]]:
+    """The slots that were cut only now, as (offset, length), of a segment that begins ``at``: their chunks are new."""
     if before.slots == after.slots:
-        return
-    for slot, (old, new) in enumerate(zip(before.slots, after.slots, strict=True)):
-        if old != new:
-            yield Span(slot * CHUNK, min(CHUNK, before.size - slot * CHUNK))
+        return []
+    count, end = len(before.slots), at + before.size
+    # All slots at once, as one number: one by one they took a third of all planning of a large disk.
+    differ = (int.from_bytes(before.slots) ^ int.from_bytes(after.slots)).to_bytes(count)
+    offsets = [at + slot * CHUNK for slot in compress(range(count), differ)]
+    return [(offset, min(CHUNK, end - offset)) for offset in offsets]
 
 
 class DiskGrid:
@@ -159,16 +162,18 @@ class DiskGrid:
         found = self._segments.get(number)
         return found if found is not None else cold_grid(min(SEGMENT, self.size - number * SEGMENT))
 
-    def _unit(self, offset: int) -> int:
-        grid = self._segments.get(offset // SEGMENT)
-        return grid.unit(offset % SEGMENT) if grid is not None else CHUNK
-
     def widened(self, spans: Iterable[Span]) -> list[Span]:
         """``spans`` grown outwards to whole chunks."""
-        return merged(
-            (
-                start := align_down(span.offset, self._unit(span.offset)),
-                min(align_up(span.end, self._unit(span.end - 1)), self.size) - start,
-            )
-            for span in spans
-        )
+        return merged(self._widened(spans))
+
+    def _widened(self, spans: Iterable[Span]) -> Iterator[tuple[int, int]]:
+        hot, size = self._hot, self.size
+        for offset, length in spans:
+            end = offset + length
+            start = offset - offset % (HOT_CHUNK if hot(offset) else CHUNK)
+            yield start, min(end + -end % (HOT_CHUNK if hot(end - 1) else CHUNK), size) - start
+
+    def _hot(self, offset: int) -> bool:
+        # Not Grid.unit: a large disk has hundreds of thousands of spans, and this is asked twice for each.
+        grid = self._segments.get(offset // SEGMENT)
+        return grid is not None and grid.slots[offset % SEGMENT // CHUNK] == _HOT_SLOT

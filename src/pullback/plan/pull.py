@@ -74,13 +74,13 @@ def _by_segment(spans: Iterable[Span]) -> Iterator[tuple[int, list[Span]]]:
     """Spans cut at the segments' bounds: the segment's number, and those in it by its own offsets."""
     number, inside = -1, list[Span]()
     for span in spans:
-        offset = span.offset
-        while offset < span.end:
+        offset, last = span.offset, span.end
+        while offset < last:
             if offset // SEGMENT != number:
                 if inside:
                     yield number, inside
                 number, inside = offset // SEGMENT, []
-            end = min(span.end, (number + 1) * SEGMENT)
+            end = min(last, (number + 1) * SEGMENT)
             inside.append(Span(offset - number * SEGMENT, end - offset))
             offset = end
     if inside:
@@ -103,12 +103,11 @@ def fetch_spans(
 
     ``base`` and ``grids`` say how the segments were and will be cut; of those in ``whole`` the base has nothing.
     """
-    spans = DiskGrid(size, base).widened(dirty)
-    spans += [Span(number * SEGMENT, segment_size(number, size)) for number in whole]
+    spans: list[tuple[int, int]] = [*DiskGrid(size, base).widened(dirty)]
+    spans += [(number * SEGMENT, segment_size(number, size)) for number in whole]
     for number, grid in grids.items():
         if number in base:
-            start = number * SEGMENT
-            spans += [Span(start + span.offset, span.length) for span in newly_hot(base[number], grid)]
+            spans += newly_hot(base[number], grid, number * SEGMENT)
     return merged(sorted(spans))
 
 
