@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from math import inf
+from pathlib import Path
 
 import pytest
 
@@ -135,6 +136,30 @@ def test_a_store_that_is_away_for_a_while(stage: S3Stage, proxy: FaultProxy) -> 
     with repository.lock():
         store_backup(repository, {"vda": [os.urandom(MIB)]})
     assert time.monotonic() - begun > 5
+    stage.restic.check()
+
+
+@pytest.mark.fault(Fault.STORE_SLOW)
+def test_a_store_that_takes_its_time_for_everything(stage: S3Stage, proxy: FaultProxy, bare_qemu: Start) -> None:
+    """A fifth of a second for each request: what is read does not pile up in memory until it is stored."""
+    threads = os.cpu_count() or 1
+    size = 64 * max(threads, 2) * MIB
+    qemu = bare_qemu([stage.disk("vda", size)], running=True)
+    for at in range(0, size, 16 * MIB):
+        qemu.device_write("vda", at, 16 * MIB, os.urandom(16 * MIB))
+    hold = Hold()
+    proxy.fault(hold, "PUT", "/snapshots/")
+    proxy.latency = 0.2
+    with stage.running("backup", f"qmp:{qemu.qmp_path}", "--scratch", stage.scratch) as ours:
+        assert hold.reached.wait(60)
+        status = Path(f"/proc/{ours.pid}/status").read_text()
+        hold.release()
+        assert ours.wait(60) == 0
+    # What all threads have in hand, and the program itself: 130 MB were seen with two threads.
+    assert int(status.partition("VmHWM:")[2].split()[0]) * KIB < (80 + 40 * threads) * MIB
+    proxy.latency = 0.0
+    same(stage.contents(stage.listed()[-1]), references(qemu))
+    assert leftovers(qemu, stage.scratch) == []
     stage.restic.check()
 
 
