@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,12 @@ def disk_node(number: int = 0) -> str:
     return f"{DISK_NODE}vd{chr(97 + number)}"
 
 
-def room_of(paths: Sequence[Path]) -> int:
-    """Bytes that files take, those that are there."""
-    return sum(path.stat().st_blocks * 512 for path in paths if path.exists())
+def room_of(pid: int, directory: Path) -> int:
+    """Bytes that the files take which a process has open below a directory, those without a name included."""
+    sizes: dict[int, int] = {}
+    for one in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            if str(one.readlink()).startswith(f"{directory}/"):
+                status = one.stat()
+                sizes[status.st_ino] = status.st_blocks * 512
+    return sum(sizes.values())
