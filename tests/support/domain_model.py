@@ -121,7 +121,7 @@ class DomainModel:
         start = self.chance.randrange(sectors)
         if self.chance.random() < 0.5:
             start = start // 128 * 128
-        length = min(self.chance.choice([1, 3, 8, 127, 128, 129, 512, 1000]), sectors - start)
+        length = min(self.chance.choice([1, 3, 8, 127, 128, 129, 512, 1000, 3000]), sectors - start)
         how = self.chance.choices(["write", "zero", "unmap", "discard"], [8, 2, 2, 3])[0]
         value = self.chance.choice([0, 1, 2, self.chance.randrange(256)])
         return Change(how, disk, start * 512, length * 512, value)

@@ -31,7 +31,6 @@ from tests.support.backups import new_repository, open_repository, read_disk
 from tests.support.domain_model import SIZES, DomainModel, Parked, Start
 from tests.support.judging import judge
 from tests.support.product import forked, leftovers, run_state, same
-from tests.support.restic import Restic
 from tests.support.survival import Fault, survives
 
 #: Where data moves: a method, and how many of its calls a small backup makes.
@@ -77,16 +76,16 @@ class RandomLife:
     def step(self) -> None:
         """One thing that happens, of those that can happen now."""
         always: dict[Callable[[], None], float] = {
-            self.write: 12,
+            self.write: 8,
             self.back_up: 5,
             self.kill_a_backup: 0.7,
             self.restore: 0.5,
             self.forget: 0.4,
             self.snapshot: 1,
-            self.resize: 0.5,
+            self.resize: 1,
         }
-        running = {self.stop: 1.0, self.crash: 0.3}
-        stopped = {self.start: 3.0, self.change_disks: 0.7, self.restore_in_place: 1.2}
+        running = {self.stop: 1.5, self.crash: 0.3}
+        stopped = {self.start: 3.0, self.change_disks: 3.0, self.restore_in_place: 1.2}
         now = always | (running if self.model.qemu is not None else stopped)
         what = self.chance.choices(list(now), list(now.values()))[0]
         self.done[what.__name__] += 1
@@ -117,7 +116,10 @@ class RandomLife:
         self.model.start(self.chance.random() < 0.7)
 
     def stop(self) -> None:
+        """Somebody may take a copy of an image then."""
         self.model.stop()
+        if self.chance.random() < 0.9:
+            self.model.parked.append(self.model.copy(self.chance.choice(list(self.model.bytes))))
 
     def crash(self) -> None:
         """What bitmaps held is lost, so everything is read whole once."""
@@ -133,25 +135,24 @@ class RandomLife:
         now = len(self.model.bytes[disk])
         sizes = [size for size in SIZES if size != now]
         smaller = [size for size in sizes if size < now]
-        if smaller and self.chance.random() < 0.4:
+        if smaller and self.chance.random() < 0.6:
             self.model.resize(disk, [self.chance.choice(smaller), now])
         else:
             self.model.resize(disk, [self.chance.choice(sizes)])
         self._lost_track(disk)
+        self._tempt(disk)
 
     def change_disks(self) -> None:
         """A new one, one that is lost and may come back, or one that is put back to an older copy."""
         for name in list(self.model.snapshots):
             self.model.delete_snapshot(name)
-        what = self.chance.choice(["new", "lose", "copy", "back", "back"])
+        what = self.chance.choice(["new", "lose", *["back"] * 5])
         disk = self.chance.choice(["vda", "vdb", "vdc"])
         if what == "new" or (what == "back" and not self.model.parked):
             spec = self.model.new_disk(disk)
             self._attach(Parked(spec, bytes(images.info(spec.path)["virtual-size"])))
         elif what == "back":
             self._attach(self.model.parked.pop(self.chance.randrange(len(self.model.parked))))
-        elif what == "copy":
-            self.model.parked.append(self.model.copy(self.chance.choice(list(self.model.bytes))))
         elif len(self.model.bytes) > 1:
             disk = self.chance.choice(list(self.model.bytes))
             self.model.parked.append(self.model.detach(disk))
@@ -160,6 +161,14 @@ class RandomLife:
     def _attach(self, parked: Parked) -> None:
         self.model.attach(parked)
         self._lost_track(parked.spec.id)
+        self._tempt(parked.spec.id)
+
+    def _tempt(self, disk: str) -> None:
+        """A backup where the last one of this disk is, before anything else happens to it."""
+        repos = [one.repo for one in self.kept if disk in one.state]
+        if repos and self.chance.random() < 0.8:
+            self.done["back_up"] += 1
+            self._back_up(repos[-1], self._request())
 
     def _lost_track(self, *disks: str) -> None:
         self.followed = {(repo, disk) for repo, disk in self.followed if disk not in disks}
@@ -198,7 +207,9 @@ class RandomLife:
         )
 
     def back_up(self) -> None:
-        repo, request = self.chance.choice(self.repos), self._request(self._some_disks())
+        self._back_up(self.chance.choice(self.repos), self._request(self._some_disks()))
+
+    def _back_up(self, repo: Path, request: BackupRequest) -> None:
         state = {
             disk: data for disk, data in self.model.contents().items() if not request.disks or disk in request.disks
         }
@@ -267,7 +278,9 @@ class RandomLife:
         if not gone:
             return
         self.model.log.append(f"forget {[one.id[:8] for one in gone]} of {repo.name}")
-        Restic(repo).run("forget", *(one.id for one in gone), "--prune")
+        place = {"RESTIC_REPOSITORY": str(repo)}
+        done = self.model.stage.cli("forget", *(one.id for one in gone), "--prune", env=place)
+        assert done.code == 0, done.err
         self.kept = [one for one in self.kept if one not in gone]
         self.followed = {(place, disk) for place, disk in self.followed if place != repo}
         for one in mine:
