@@ -6,6 +6,7 @@ Every segment is known.  The last line says what was seen, for bench.harness.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -20,6 +21,7 @@ from pullback.plan.pull import clean_spans, fetch_spans, next_grids, plan_segmen
 
 def main() -> None:
     """The command."""
+    gc.set_threshold(50_000, 20, 20)  # as cli.main does
     context = f"qemu:dirty-bitmap:{sys.argv[2]}"
     begin = time.perf_counter()
     with NbdConnection.connect(UnixAddress(sys.argv[1]), "disk", contexts=[context]) as connection:

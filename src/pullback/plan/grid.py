@@ -37,7 +37,7 @@ class Slot(IntEnum):
 
 
 _COLD, _HOT = bytes([Slot.COLD]), bytes([Slot.HOT])
-_HOT_SLOT = int(Slot.HOT)
+_COLD_SLOT, _HOT_SLOT = int(Slot.COLD), int(Slot.HOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +128,11 @@ def next_grid(base: Grid, dirty: Iterable[Span]) -> Grid:
     split = 0
     for span in dirty:
         # Slots between the first and the last are dirty as a whole.
-        for slot in {span.offset // CHUNK, (span.end - 1) // CHUNK}:
-            start, end = slot * CHUNK, min(slot * CHUNK + CHUNK, base.size)
-            if slots[slot] == Slot.COLD and (span.offset > start or span.end < end):
-                slots[slot] = Slot.HOT
+        begin, last = span.offset, span.end
+        for slot in {begin // CHUNK, (last - 1) // CHUNK}:
+            start = slot * CHUNK
+            if slots[slot] == _COLD_SLOT and (begin > start or last < min(start + CHUNK, base.size)):
+                slots[slot] = _HOT_SLOT
                 split += 1
     least = max(-(-len(slots) // WIDELY), FEWEST)
     if base.slots.count(_HOT) >= least and split >= least:

@@ -158,9 +158,12 @@ def _labelled(fetch: Sequence[Span], read: Sequence[Span]) -> Iterator[Run]:
 
 def _cut_at_segments(runs: Iterable[Run]) -> Iterator[Run]:
     for run in runs:
-        offset = run.offset
-        while offset < run.end:
-            end = min(run.end, (offset // SEGMENT + 1) * SEGMENT)
+        offset, last = run.offset, run.end
+        if last <= (offset // SEGMENT + 1) * SEGMENT:
+            yield run
+            continue
+        while offset < last:
+            end = min(last, (offset // SEGMENT + 1) * SEGMENT)
             yield Run(offset, end - offset, run.act)
             offset = end
 
