@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from pullback.nbd.blocking import NbdConnection
 from pullback.nbd.blocking import list_exports as list_exports_blocking
 from pullback.nbd.client import AsyncNbdClient, list_exports
 from pullback.nbd.server import NbdServer
+from tests.support.survival import Fault
 
 MIB = 1 << 20
 BASE = "base:allocation"
@@ -177,6 +179,43 @@ def test_block_sizes_are_respected(start: Start) -> None:
         assert connection.read(0, MIB) == data
         with pytest.raises(NbdRefused, match="multiples of 4096"):
             connection.read(512, 512)
+
+
+@pytest.mark.fault(Fault.NBD_ERROR)
+@pytest.mark.parametrize("name", ["EPERM", "EIO", "ENOMEM", "EINVAL", "ENOSPC", "ESHUTDOWN"])
+def test_requests_that_nbdkit_refuses_now_and_then(start: Start, name: str) -> None:
+    """A third of all requests: each is told by its number, and what is not refused is right."""
+    number = getattr(errno, name)
+    address = start(
+        "nbdkit", "--filter=error", "memory", "4M", f"error-pread={name}", "error-pread-rate=30%",
+        f"error-pwrite={name}", "error-pwrite-rate=30%", f"error-zero={name}", "error-zero-rate=30%",
+        f"error-extents={name}", "error-extents-rate=30%",
+    )  # fmt: skip
+    expected, chance, refused = bytearray(4 * MIB), random.Random(number), 0
+    with NbdConnection.connect(address, "", contexts=[BASE]) as connection:
+        for _ in range(70):
+            at = chance.randrange(64) << 16
+            data = chance.randbytes(1 << 16)
+            try:
+                match chance.randrange(4):
+                    case 0:
+                        connection.write(at, data)
+                        expected[at : at + len(data)] = data
+                    case 1:
+                        connection.write_zeroes(at, 1 << 16)
+                        expected[at : at + (1 << 16)] = bytes(1 << 16)
+                    case 2:
+                        assert connection.read(at, 1 << 16) == expected[at : at + (1 << 16)]
+                    case _:
+                        found = connection.extents(BASE, 0, 4 * MIB)
+                        assert sum(length for _, length, _ in found) == 4 * MIB
+                        for offset, length, flags in found:
+                            assert not flags & 2 or not any(expected[offset : offset + length])
+            except NbdRefused as error:
+                assert error.errno == number
+                assert name in str(error)
+                refused += 1
+    assert 3 < refused < 50
 
 
 def test_a_server_without_write_zeroes(start: Start) -> None:
