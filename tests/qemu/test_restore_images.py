@@ -113,6 +113,29 @@ def test_an_image_in_use_is_not_replaced(
     kept.restore(backup, to, overwrite=True)
 
 
+def test_an_image_that_a_domain_opened_meanwhile_is_not_replaced(
+    kept: Kept, backup: str, lab_dir: Path, bare_qemu: Callable[..., BareQemu]
+) -> None:
+    to = lab_dir / "to"
+    old = kept.store({"vda": some_disk(MIB, 5), "vdb": some_disk(MIB, 6)})
+    kept.restore(old, to)
+    started: list[BareQemu] = []
+
+    def late(self: Target) -> None:
+        if self.name == "vdb":
+            started.append(bare_qemu([DiskSpec(to / "vdb.qcow2", "vdb")], running=True))
+        sync(self)
+
+    sync = Target.sync
+    with mock.patch.object(Target, "sync", late), pytest.raises(TargetExists, match=r"vdb\.qcow2 is in use"):
+        kept.restore(backup, to, overwrite=True)
+    started[0].shutdown()
+    for name, data in kept.disks[old].items():
+        assert images.raw_bytes(to / f"{name}.qcow2") == data
+    assert {disk.bytes_written for disk in kept.restore(backup, to, overwrite=True).disks} == {0}
+    kept.judge(backup, to)
+
+
 def test_what_comes_meanwhile_is_not_replaced(kept: Kept, backup: str, lab_dir: Path) -> None:
     to = lab_dir / "to"
     publish = Target.publish
@@ -128,6 +151,14 @@ def test_what_comes_meanwhile_is_not_replaced(kept: Kept, backup: str, lab_dir: 
     done = kept.restore(backup, to)
     assert {disk.bytes_written for disk in done.disks} == {0}
     kept.judge(backup, to)
+
+
+def test_a_relative_path_that_reads_like_a_protocol_is_a_directory(
+    kept: Kept, backup: str, lab_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(lab_dir)
+    kept.restore(backup, Path("nbd:a,b"))
+    kept.judge(backup, lab_dir / "nbd:a,b")
 
 
 def test_a_directory_that_was_made_goes_with_a_refusal(kept: Kept, backup: str, lab_dir: Path) -> None:

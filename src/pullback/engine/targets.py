@@ -154,6 +154,15 @@ class Target:
         finally:
             os.close(handle)
 
+    def check_unused(self) -> None:
+        """TargetExists if the image to be replaced is in use: a domain was started on it during the restore."""
+        if self.act is not Act.FINISH and _facts(self.final).in_use:
+            raise TargetExists(
+                f"{self.final} is in use by another program",
+                means=f"Replacing it would take it away from a running domain; the restored image is {self.partial}.",
+                todo="Stop the domain, and run the same command again to finish the restore.",
+            )
+
     def publish(self, overwrite: bool) -> None:
         """Give the whole image its name."""
         if self.act is Act.FINISH:
@@ -226,7 +235,12 @@ def claimed(directory: Path, wanted: Sequence[Unfinished], overwrite: bool) -> I
 
 
 def publish(directory: Path, targets: Sequence[Target], overwrite: bool) -> None:
-    """Give all images their names; RestoreError, and running the restore again finishes it."""
+    """Give all images their names; RestoreError, and running the restore again finishes it.
+
+    TargetExists, with no image replaced, where a domain has opened an old one meanwhile.
+    """
+    for target in targets:
+        target.check_unused()
     try:
         for target in targets:
             target.publish(overwrite)
@@ -333,6 +347,7 @@ def _read_state(path: Path) -> Unfinished | None:
 
 
 def _qemu_img(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    """Run qemu-img; a path has to be absolute, else QEMU takes ``a:b/c`` for an address."""
     argv = [qemu_program("qemu-img"), *arguments]
     return subprocess.run(argv, capture_output=True, check=False, stdin=subprocess.DEVNULL)
 
@@ -342,7 +357,7 @@ def _create_image(path: Path, image_format: str, size: int) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise RestoreError(f"cannot replace {path}, left by an earlier restore: {error.strerror}") from error
-    done = _qemu_img("create", "-q", "-f", image_format, str(path), str(size))
+    done = _qemu_img("create", "-q", "-f", image_format, str(path.absolute()), str(size))
     if done.returncode != 0:
         raise RestoreError(f"qemu-img cannot create {path}: {done.stderr.decode(errors='replace').strip()}")
     # A disk holds what its domain kept to itself.
@@ -351,4 +366,6 @@ def _create_image(path: Path, image_format: str, size: int) -> None:
 
 def _mended(path: Path, image_format: str) -> bool:
     """Give back the clusters that a killed QEMU had taken and not used; whether the image is sound."""
-    return image_format == "raw" or _qemu_img("check", "-q", "-f", "qcow2", "-r", "leaks", str(path)).returncode == 0
+    if image_format == "raw":
+        return True
+    return _qemu_img("check", "-q", "-f", "qcow2", "-r", "leaks", str(path.absolute())).returncode == 0
