@@ -73,30 +73,32 @@ def timed(command: list[str], environment: dict[str, str]) -> dict[str, float]:
     return {**found, "end": time.perf_counter() - begin}
 
 
+def ways(stage: Stage, raw: Path) -> tuple[dict[str, Callable[[], list[str]]], dict[str, str]]:
+    """The command line of each way to boot, and their environment."""
+    place = stage.place
+    linux = ["-kernel", str(guest.kernel()), "-initrd", str(initramfs(place)), "-no-reboot"]
+    linux += ["-append", "console=ttyS0 panic=-1 mitigations=off nokaslr tsc=reliable rdinit=/bench"]
+    given = [*linux, "-accel", "tcg", "-m", "512M", "-smp", "1"]
+    direct = Booting("qemu-system-x86_64", "web", (BootDisk("vda", str(raw)),), f"{place}/q", "", "tcg", 1, "output")
+    plain = [word.replace('"qcow2"', '"raw"') for word in arguments(direct, given)]
+    turns = iter(range(1000))
+    found: dict[str, Callable[[], list[str]]] = {
+        "QEMU on the image": lambda: plain,
+        "boot": lambda: stage.command("boot", "latest", "--work", place, "--", *given),
+        "boot --to": lambda: stage.command("boot", "latest", "--to", place / f"{next(turns)}", "--", *given),
+    }
+    return found, stage.environment(PULLBACK_CACHE_DIR=f"{place}/cache", PATH=os.environ["PATH"])
+
+
 def main() -> None:
     """Print a JSON line per way to boot."""
     mib = int(sys.argv[1]) if len(sys.argv) > 1 else 1024
     with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as name:
-        place = Path(name)
-        stage = Stage(place)
-        raw = make(stage, mib)
-        linux = ["-kernel", str(guest.kernel()), "-initrd", str(initramfs(place)), "-no-reboot"]
-        linux += ["-append", "console=ttyS0 panic=-1 mitigations=off nokaslr tsc=reliable rdinit=/bench"]
-        given = [*linux, "-accel", "tcg", "-m", "512M", "-smp", "1"]
-        direct = Booting(
-            "qemu-system-x86_64", "web", (BootDisk("vda", str(raw)),), f"{place}/q", "", "tcg", 1, "output"
-        )
-        plain = [word.replace('"qcow2"', '"raw"') for word in arguments(direct, given)]
-        turns = iter(range(1000))
-        ways: dict[str, Callable[[], list[str]]] = {
-            "QEMU on the image": lambda: plain,
-            "boot": lambda: stage.command("boot", "latest", "--work", place, "--", *given),
-            "boot --to": lambda: stage.command("boot", "latest", "--to", place / f"{next(turns)}", "--", *given),
-        }
-        environment = stage.environment(PULLBACK_CACHE_DIR=f"{place}/cache", PATH=os.environ["PATH"])
-        seen: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        stage = Stage(Path(name))
+        found, environment = ways(stage, make(stage, mib))
+        seen: dict[str, list[dict[str, float]]] = {way: [] for way in found}
         for _ in range(3):
-            for way, command in ways.items():
+            for way, command in found.items():
                 seen[way].append(timed(command(), environment))
         for way, times in seen.items():
             medians = {what: round(statistics.median(one[what] for one in times), 2) for what in times[0]}
