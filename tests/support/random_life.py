@@ -13,6 +13,7 @@ import random
 import signal
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -243,7 +244,7 @@ class RandomLife:
         if self.chance.random() < 0.5:
             count = self.chance.randrange(1, 40)
             how = self.chance.choice([dying.before_command, dying.after_sending])
-            return f"{how.__name__} {count}", how(count)
+            return f"{how.__name__} (command {count})", how(count)
         owner, name, most = self.chance.choice(_CALLS)
         count, after = self.chance.randrange(1, most + 1), self.chance.random() < 0.5
         return f"at {name} {count}, after {after}", dying.at_call(owner, name, count, after)
@@ -260,10 +261,11 @@ class RandomLife:
                 asyncio.run(run_backup(request, lambda: open_repository(repo), silent))
             return 0
 
-        with survives(Fault.KILLED_AT_A_COMMAND):
-            code = forked(work)
-            self.model.log.append(f"= {code}")
-            assert code in (0, -signal.SIGKILL)
+        code = forked(work)
+        self.model.log.append(f"= {code}")
+        assert code in (0, -signal.SIGKILL)
+        fault = Fault.KILLED_AT_A_COMMAND if "command" in told else Fault.KILLED_IN_THE_DATA
+        with survives(fault) if code else nullcontext():
             for backup in set(self.model.stage.listed(repo)) - before:
                 self._keep(repo, backup, self.model.contents())
             if self.model.qemu is not None and self.model.qemu._cont:
@@ -279,6 +281,8 @@ class RandomLife:
             return
         self.model.log.append(f"forget {[one.id[:8] for one in gone]} of {repo.name}")
         place = {"RESTIC_REPOSITORY": str(repo)}
+        # restic does nothing beside the lock of a backup that was killed, until it is told to.
+        assert self.model.stage.cli("unlock", env=place).code == 0
         done = self.model.stage.cli("forget", *(one.id for one in gone), "--prune", env=place)
         assert done.code == 0, done.err
         self.kept = [one for one in self.kept if one not in gone]
@@ -311,6 +315,7 @@ class RandomLife:
         one, disks = self.chance.choice(fitting)
         request = InPlaceRequest(one.id, self.model.address, disks, verify=self.chance.random() < 0.5)
         told, point = self._blow()
+        code = 0
 
         def work() -> int:
             with point(signal.SIGKILL):
@@ -319,14 +324,15 @@ class RandomLife:
 
         if self.chance.random() < 0.3:
             self.model.log.append(f"restore {one.id[:8]} in place, killed {told}")
-            with survives(Fault.KILLED_IN_PLACE):
-                assert forked(work) in (0, -signal.SIGKILL)
+            code = forked(work)
+            assert code in (0, -signal.SIGKILL)
         self.model.log.append(f"restore {one.id[:8]} in place: {disks}")
-        made = asyncio.run(restore_in_place(request, lambda: open_repository(one.repo), silent))
-        self.model.log.append(f"= {[(disk.target, disk.way, disk.reason) for disk in made.disks]}")
-        for disk in disks:
-            self.model.bytes[disk] = bytearray(one.state[disk])
-        self.model.look()
+        with survives(Fault.KILLED_IN_PLACE) if code else nullcontext():
+            made = asyncio.run(restore_in_place(request, lambda: open_repository(one.repo), silent))
+            self.model.log.append(f"= {[(disk.target, disk.way, disk.reason) for disk in made.disks]}")
+            for disk in disks:
+                self.model.bytes[disk] = bytearray(one.state[disk])
+            self.model.look()
 
     def _fitting(self, one: Kept) -> tuple[str, ...]:
         now = self.model.bytes
