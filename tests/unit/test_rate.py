@@ -9,6 +9,7 @@ import itertools
 import os
 import random
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,11 @@ from pullback.cli.config import DomainOptions
 from pullback.cli.options import rate_of
 from pullback.engine.cores import cores, quota_cores
 from pullback.engine.rate import CREDIT, LEAST, Bucket, Rate, piece_size
+from pullback.engine.reading import IN_FLIGHT, REQUEST
 from pullback.errors import UsageError
+from pullback.repository.blob import BlobKind
+from pullback.repository.crypto import Key
+from pullback.repository.pack import PackBuilder
 
 MIB = 1 << 20
 RATES = [LEAST, 300_000, 5 * MIB, 50 * MIB, 1 << 30]
@@ -109,6 +114,14 @@ def test_the_option_goes_before_the_configuration() -> None:
 )
 def test_a_quota_is_so_many_cores(text: str, expected: int | None) -> None:
     assert quota_cores(text) == expected
+
+
+def test_what_a_thread_holds_is_documented() -> None:
+    holds = IN_FLIGHT * REQUEST + sum(len(PackBuilder(Key.generate(), kind)._buffer) for kind in BlobKind)
+    text = (Path(__file__).parents[2] / "docs/performance.md").read_text(encoding="utf-8")
+    assert holds == 38 * MIB
+    assert f"{holds // MIB} MiB |" in text
+    assert f"{2 * holds // MIB + 80} MiB with two threads" in text
 
 
 def test_cores_are_those_that_we_may_use() -> None:
