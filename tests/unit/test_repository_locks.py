@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -118,6 +119,84 @@ def test_of_two_at_once_one_gives_way(repository: Repository, monkeypatch: pytes
     with pytest.raises(RepositoryLocked):
         repository.lock(exclusive=True).acquire()
     assert names(repository) == set(planted)
+
+
+@pytest.fixture
+def unsettled(repository: Repository) -> Iterator[RepositoryLock]:
+    """A shared lock that nobody stood in the way of, so far."""
+    lock = repository.lock()
+    lock.acquire(settle=False)
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def test_before_anything_is_stored_the_moment_is_waited_out(
+    repository: Repository, unsettled: RepositoryLock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks_module, "SETTLE", 60.0)
+    other = repository.lock()
+    other.acquire(settle=False)
+    try:
+        with mock.patch.object(other._stop, "wait", wraps=lambda seconds: False) as waited:
+            repository.new_writer().abandon()
+            other.check()
+    finally:
+        other.release()
+    (seconds,) = [call.args[0] for call in waited.call_args_list if call.args[0] < 100]
+    assert 30 < seconds <= 60
+
+
+def test_who_came_at_the_same_time_is_seen_before_anything_is_stored(
+    repository: Repository, unsettled: RepositoryLock
+) -> None:
+    """The other one's lock was written before ours and shows only now: it did not see ours and may be deleting."""
+    plant(repository, exclusive=True)
+    for _ in range(2):
+        with pytest.raises(RepositoryLocked):
+            repository.new_writer()
+    with pytest.raises(RepositoryLocked):
+        unsettled.check()
+
+
+def test_who_came_and_went_at_the_same_time_is_seen_by_what_was_deleted(repository: Repository) -> None:
+    with repository.lock():
+        store_backup(repository, {"vda": [b"1" * 4096]})
+    lock = repository.lock()
+    lock.acquire(settle=False)
+    try:
+        (index,) = [name for name, _ in repository.store.list(FileKind.INDEX)]
+        repository.store.remove(FileKind.INDEX, index)
+        with pytest.raises(RepositoryLocked, match="deleted"):
+            repository.new_writer()
+    finally:
+        lock.release()
+    assert not names(repository)
+
+
+def test_others_who_only_add_are_not_in_the_way(repository: Repository, unsettled: RepositoryLock) -> None:
+    plant(repository)
+    other = open_repository(Path(repository.store.location))
+    with other.lock():
+        store_backup(other, {"vda": [b"1" * 4096]})
+    unsettled.check()
+
+
+@pytest.mark.parametrize("settle", [True, False])
+def test_who_was_there_when_ours_was_written_is_seen_at_once(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, settle: bool
+) -> None:
+    real = RepositoryLock._write
+
+    def write(self: RepositoryLock) -> str:
+        plant(repository, exclusive=True)
+        return real(self)
+
+    monkeypatch.setattr(RepositoryLock, "_write", write)
+    with pytest.raises(RepositoryLocked):
+        repository.lock().acquire(settle)
+    assert len(names(repository)) == 1
 
 
 def test_waiting_for_another_tells_once_and_goes_on_when_it_is_gone(repository: Repository) -> None:
@@ -330,6 +409,7 @@ def test_surviving_the_probe_keeps_a_handler_that_is_there(hangup: None) -> None
 _KILLED = """
 import sys
 from pathlib import Path
+from unittest import mock
 from tests.support.backups import open_repository
 open_repository(Path(sys.argv[1])).lock(exclusive=True).acquire()
 print("held", flush=True)

@@ -137,7 +137,9 @@ async def plan_backup(
 async def _locked(repository: Repository, request: BackupRequest, emit: Emit) -> AsyncIterator[None]:
     repository.check_writable()
     lock = repository.lock(retry=request.lock_retry, waiting=lambda message: emit(Note(message)))
-    acquiring = asyncio.ensure_future(asyncio.to_thread(lock.acquire))
+    # Who would rather wait for others than fail has to know of them before anything is begun.
+    settle = request.lock_retry > 0
+    acquiring = asyncio.ensure_future(asyncio.to_thread(lock.acquire, settle))
     try:
         await asyncio.shield(acquiring)
     except asyncio.CancelledError:

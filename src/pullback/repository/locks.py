@@ -5,8 +5,10 @@
     exclusive   whoever deletes (prune), alone
 
 To take one: look for a lock in the way, write ours, wait a moment, look again; of two who did so at once at least
-one sees the other and takes its own back.  A lock is a promise to say every five minutes that one is alive: after
-30 minutes of silence it counts for nothing.
+one sees the other and takes its own back.  The moment is for stores that show late what was written.  A backup goes
+on in it (acquire with settle=False): it reads, and looks again before it stores anything.
+
+A lock is a promise to say every five minutes that one is alive: after 30 minutes of silence it counts for nothing.
 
 restic probes a lock's owner on its own host by sending it SIGHUP (`restic unlock` does, for one).  A program that
 holds a lock must therefore survive SIGHUP: see survive_restic_probe.
@@ -167,6 +169,9 @@ class RepositoryLock:
         self._given_up = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._settling = threading.Lock()
+        #: Until when to wait before the last look, by time.monotonic(), and the index files that were there.
+        self._unsettled: tuple[float, frozenset[str]] | None = None
 
     def __enter__(self) -> Self:
         self.acquire()
@@ -182,12 +187,16 @@ class RepositoryLock:
         """Whether it was acquired and not released."""
         return self._name is not None
 
-    def acquire(self) -> None:
-        """Take the lock and keep it fresh; nothing of ours is left behind when this raises."""
+    def acquire(self, settle: bool = True) -> None:
+        """Take the lock and keep it fresh; nothing of ours is left behind when this raises.
+
+        Without ``settle`` nobody else was seen yet, and the repository may be read; ``check`` waits for the rest, and
+        is to be called before anything is stored.
+        """
         deadline, told = time.monotonic() + self._retry, None
         self._stop.clear()
         self._lost = None
-        while (other := self._try()) is not None:
+        while (other := self._try(settle)) is not None:
             left = deadline - time.monotonic()
             if left <= 0 or self._given_up:
                 raise self._refusal(other)
@@ -215,15 +224,39 @@ class RepositoryLock:
             " restic unlock removes its lock.",
         )
 
-    def _try(self) -> LockFile | None:
+    def _settle(self) -> None:
+        """Wait out the moment, and look again; the lock is lost if somebody is there now, or was.
+
+        Whoever deletes what we may have read of replaces index files.
+        """
+        with self._settling:
+            if self._unsettled is None:
+                return
+            until, index_files = self._unsettled
+            self._stop.wait(max(0.0, until - time.monotonic()))
+            if (other := self._in_the_way(but=self._name)) is not None:
+                self._lost = "another program took one at the same time"
+                raise self._refusal(other)
+            if not index_files <= self._index_files():
+                self._lost = "another program deleted something just when it was taken"
+            else:
+                self._unsettled = None
+
+    def _index_files(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self._store.list(FileKind.INDEX))
+
+    def _try(self, settle: bool) -> LockFile | None:
         """Take the lock, or return the one in the way."""
         if (other := self._in_the_way()) is not None:
             return other
         name = self._write()
+        until = time.monotonic() + SETTLE
         settled = False
         try:
-            self._stop.wait(SETTLE)
+            if settle:
+                self._stop.wait(SETTLE)
             other = self._in_the_way(but=name)
+            self._unsettled = None if settle else (until, self._index_files())
             settled = other is None
         finally:
             if not settled:
@@ -289,7 +322,8 @@ class RepositoryLock:
         return self._lost is not None
 
     def check(self) -> None:
-        """Raise RepositoryLocked if the lock was lost: others may have deleted what we rely on."""
+        """Raise RepositoryLocked if the lock was lost: others may have deleted what we rely on; settles it first."""
+        self._settle()
         self._lapsed()
         if self._lost is not None:
             raise RepositoryLocked(
