@@ -28,6 +28,9 @@ MODEL = random_disk(SIZE, seed=11)
 #: The lab's writes hold QEMU until they are done, so only whole clusters can be written while nothing is served.
 WRITES = [(512, 4096, 0xA1), (5 * MIB, 192 << 10, 0xA2), (SIZE - 512, 512, 0xA3)]
 
+#: Bytes of a directory's path below which sockets can be made.
+LONGEST = 79
+
 
 class Restored(BareQemu):
     """The domain on the images; its device cannot be told by its node, which QEMU's own filter hides for a while."""
@@ -48,6 +51,15 @@ class World:
         #: Where the command looks for the domain: it finds it once the test lets it.
         self.door = to / "door"
         self.qemu = Restored([DiskSpec(self.image, "vda")], name="web", running=True)
+
+    def move(self, name: str) -> None:
+        """Have the images elsewhere."""
+        self.to = self.to.with_name(name)
+        self.image = self.to / "vda.qcow2"
+
+    def name_of(self, length: int) -> str:
+        """A name with which the directory's path has so many bytes."""
+        return "x" * (length - len(str(self.to.parent)) - 1)
 
     @contextmanager
     def restoring(self) -> Iterator[Server]:
@@ -127,7 +139,9 @@ def test_a_domain_reads_and_writes_at_once_and_its_image_stands_alone_in_the_end
         world.judge()
 
 
-def test_without_a_domain_a_storage_daemon_fills_the_images(world: World) -> None:
+@pytest.mark.parametrize("odd", [True, False], ids=["odd", "longest"])
+def test_without_a_domain_a_storage_daemon_fills_the_images(world: World, odd: bool) -> None:
+    world.move('out, "of" ünit' if odd else world.name_of(LONGEST))
     done = world.stage.cli("restore", world.backup, "--instant", "--to", world.to)
     assert done.code == 0, done.err
     world.judge()
@@ -265,6 +279,15 @@ def test_unfinished_images_of_another_backup_are_left_alone(world: World) -> Non
     done = world.stage.cli("restore", world.backup, "--instant", "--to", world.to)
     assert done.code == 0, done.err
     world.judge()
+
+
+def test_a_directory_that_qemu_cannot_be_told_of_is_refused_before_anything_is_made(world: World) -> None:
+    for name, said in (world.name_of(LONGEST + 1), "too long"), ("not \udcff UTF-8", "not UTF-8"):
+        world.move(name)
+        done = world.stage.cli("restore", world.backup, "--instant", "--to", world.to)
+        assert done.code == 2, done.err
+        assert said in done.err
+        assert not world.to.exists()
 
 
 @pytest.mark.parametrize("option", ["--overwrite", "--verify", "--keep-going", "--format=raw", "--into=qmp:/none"])

@@ -112,8 +112,9 @@ def daemon_place(images: tuple[Image, ...], directory: Path) -> DaemonPlace:
 
 
 def _arguments(place: DaemonPlace) -> list[str]:
+    socket = str(place.socket).replace(",", ",,")  # after a single one QEMU sees another option
     argv = [qemu_program(PROGRAM), "--pidfile", str(place.pidfile)]
-    return [*argv, "--chardev", f"socket,id=qmp,path={place.socket},server=on,wait=off", "--monitor", "chardev=qmp"]
+    return [*argv, "--chardev", f"socket,id=qmp,path={socket},server=on,wait=off", "--monitor", "chardev=qmp"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,8 @@ from pullback.qemu.storage_daemon import qemu_program
 _WORK, _DONE, _BOOTED = ".instant-", ".done", ".booted-"
 #: Bytes in a unix socket's path, without the final zero (unix(7)).
 _LONGEST_SOCKET = 107
+#: The socket, beside that of the server, at which a storage daemon is asked to flush; no name there is longer.
+FLUSH = "flush"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class OverlayPlace:
 
     def prepare(self, overlays: Sequence[Overlay]) -> None:
         """Make those images that are not there yet; TargetExists where something else lies, and nothing was changed."""
-        if len(os.fsencode(self.socket)) > _LONGEST_SOCKET:
+        if len(os.fsencode(self.work / FLUSH)) > _LONGEST_SOCKET:
             raise UsageError(
                 f"the path of {self._directory} is too long for a socket in it",
                 means=NOTHING_WRITTEN,

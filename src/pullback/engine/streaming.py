@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pullback.engine.events import Emit, Note, Progress
 from pullback.engine.offline import DaemonPlace, OfflineDaemon
-from pullback.engine.overlays import Overlay
+from pullback.engine.overlays import FLUSH, Overlay
 from pullback.errors import CommandFailed, DomainBusy, DomainError, DomainUnreachable, RestoreError
 from pullback.model.facts import DISK_NODE, Facts
 from pullback.nbd.address import UnixAddress
@@ -63,7 +63,7 @@ class Streaming:
 
             async def flush(one: Overlay, node: str) -> None:
                 # A storage daemon has no human monitor; an NBD client may ask it to flush.
-                await asyncio.to_thread(_flush_export, str(work / "flush"), node)
+                await asyncio.to_thread(_flush_export, str(work / FLUSH), node)
 
             while self.left:
                 await self._look(monitor, 0, await observe_daemon(monitor, "instant"), flush)
@@ -126,7 +126,7 @@ class Streaming:
         daemon = OfflineDaemon(DaemonPlace("instant", *(work / name for name in ("qmp", "pid", "log", "kept"))))
         monitor = await connect(await asyncio.to_thread(daemon.start))
         try:
-            address = {"type": "unix", "data": {"path": str(work / "flush")}}
+            address = {"type": "unix", "data": {"path": str(work / FLUSH)}}
             await monitor.execute("nbd-server-start", {"addr": address})
             for one in self.left:
                 await self._open(monitor, one)

@@ -18,9 +18,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from pullback.errors import RestoreError, TargetExists
+from pullback.errors import RestoreError, TargetExists, UsageError
 from pullback.model.extents import Span, complement, merged
 from pullback.model.unfinished import Unfinished, parse_unfinished
+from pullback.plan.files import printable
 from pullback.plan.restore import Place
 from pullback.plan.target import NOTHING_WRITTEN, Act, EntryKind, FileFacts, TargetFacts, choose_act
 from pullback.qemu.storage_daemon import qemu_program
@@ -207,8 +208,10 @@ class Target:
 def claimed(directory: Path, wanted: Sequence[Unfinished], overwrite: bool) -> Iterator[list[Target]]:
     """The images of a restore into ``directory``, which is ours alone meanwhile; looked at, not touched.
 
-    RestoreError, TargetExists; then nothing has changed.  A directory that was made and got nothing is removed.
+    UsageError, RestoreError, TargetExists; then nothing has changed.  A directory that was made and got nothing is
+    removed.
     """
+    _check_name(directory)
     made = _missing(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -232,6 +235,18 @@ def claimed(directory: Path, wanted: Sequence[Unfinished], overwrite: bool) -> I
     finally:
         _remove(made)
         os.close(handle)
+
+
+def _check_name(directory: Path) -> None:
+    """UsageError for a path that QEMU cannot be told: its commands are JSON."""
+    try:
+        str(directory.resolve()).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the path of {printable(str(directory))} is not UTF-8, and QEMU takes no other",
+            means=NOTHING_WRITTEN,
+            todo="Name another directory with --to.",
+        ) from error
 
 
 def publish(directory: Path, targets: Sequence[Target], overwrite: bool) -> None:
