@@ -183,7 +183,9 @@ class _Line:
     def __init__(self, pull: Pull, writer: PackWriter) -> None:
         self._pull = pull
         self._writer = writer
-        self._free = [bytearray(REQUEST) for _ in range(IN_FLIGHT)]
+        # Below a limit that cuts requests, what came is stored before more is waited for.
+        windows = IN_FLIGHT if pull.rate.piece(REQUEST) == REQUEST else 1
+        self._free = [bytearray(REQUEST) for _ in range(windows)]
 
     def carry(self, batch: _Batch, connections: Connections) -> None:
         """Read a batch and store what is in it."""
