@@ -22,7 +22,7 @@ from pullback.repository.repository import Repository
 from pullback.repository.snapshots import Snapshot
 from tests.support.backups import CHEAP, MOMENT, new_repository, open_repository, store_backup
 from tests.support.cli import MANIFEST, Terminal, filled_stage
-from tests.support.product import MIB, Stage, references, same
+from tests.support.product import MIB, Stage, forked, references, same
 from tests.support.restic import PASSWORD, Restic, needs_restic
 
 pytestmark = needs_restic
@@ -194,6 +194,21 @@ def test_a_locked_repository_is_waited_for(stage: Stage) -> None:
             lock.release()
             process.communicate(timeout=60)
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("command", [["prune"], ["forget", "latest", "--prune"]], ids=["prune", "forget"])
+def test_the_lock_of_a_killed_backup_is_in_nobodys_way(stage: Stage, command: list[str]) -> None:
+    def die() -> int:
+        open_repository(stage.repo).lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    assert forked(die) == -signal.SIGKILL
+    assert len(list((stage.repo / "locks").iterdir())) == 1
+    done = stage.cli(*command)
+    assert done.code == 0, done.err
+    assert "already locked" not in done.err
+    assert list((stage.repo / "locks").iterdir()) == []
 
 
 def test_who_is_waited_for_is_said_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,12 +134,17 @@ class Restic:
         Raises the error that fits what restic said; the repository is then as restic left it.
         """
         program = restic_program()
-        deadline, told = time.monotonic() + self._lock_retry, ""
+        deadline, told, cleared = time.monotonic() + self._lock_retry, "", False
         while True:
             try:
                 self._run_once(program)
                 return
             except RepositoryLocked:
+                # A killed backup's lock: restic would have it removed by hand, a backup removes it without asking.
+                if not cleared and self._clear_dead_locks():
+                    cleared = True
+                    self._held.clear()
+                    continue
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise
@@ -151,6 +156,10 @@ class Restic:
                 self._stopped.wait(min(left, _RETRY_EVERY))
             finally:
                 self._pass_on()
+
+    def _clear_dead_locks(self) -> bool:
+        places = [self._repository] if self._source is None else [self._repository, self._source]
+        return sum(place.open().lock().clear_dead() for place in places) > 0
 
     def _run_once(self, program: str) -> None:
         self._said.clear()

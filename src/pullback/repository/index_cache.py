@@ -107,7 +107,8 @@ class Secrets:
 class IndexCache:
     """An open cache, by its path or an open descriptor; lookups from any thread.
 
-    It stays as it is when another process replaces the file.  Every method raises CacheBroken when what it reads is not what was written.
+    It stays as it is when another process replaces the file.  Every method raises CacheBroken when what it reads is
+    not what was written.
     """
 
     def __init__(self, file: Path | int, secrets: Secrets, repository_id: str) -> None:

@@ -170,6 +170,7 @@ class RepositoryLock:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._settling = threading.Lock()
+        self._removed = 0
         #: Until when to wait before the last look, by time.monotonic(), and the index files that were there.
         self._unsettled: tuple[float, frozenset[str]] | None = None
 
@@ -284,6 +285,7 @@ class RepositoryLock:
             if lock.owner_died(self._account.hostname):
                 # What a killed process left would stop every later prune: restic itself removes it only on request.
                 self._store.remove(FileKind.LOCKS, name)
+                self._removed += 1
             elif (self.exclusive or lock.exclusive) and not lock.is_stale(datetime.now(UTC), self._account.hostname):
                 return lock
         return None
@@ -331,6 +333,12 @@ class RepositoryLock:
                 means="This backup was not stored; those stored earlier are untouched.",
                 todo="Run it again.",
             )
+
+    def clear_dead(self) -> bool:
+        """Remove locks whose owners, on this host, are no more; whether there was one.  Needs no lock."""
+        self._removed = 0
+        self._in_the_way()
+        return self._removed > 0
 
     def release(self) -> None:
         """Stop refreshing and remove the lock; one that is gone already is no error."""
