@@ -24,7 +24,7 @@ from pullback.repository.writer import PackWriter
 from tests.support import dying
 from tests.support.life import Life
 from tests.support.product import MIB, Stage, chain, leftovers, references, run_state, same
-from tests.support.survival import Fault, survives
+from tests.support.survival import Fault, points, survives
 
 Start = Callable[..., BareQemu]
 IN_THE_DATA = [
@@ -88,7 +88,7 @@ def test_killed_before_every_command(life: Killed) -> None:
 
 def test_killed_while_qemu_works_on_a_command(life: Killed) -> None:
     count = len(life.commands())
-    for at in range(1, count, 2):
+    for at in points(1, count, 2):
         life.recovers(Fault.KILLED_AT_A_COMMAND, dying.after_sending(at))
 
 
@@ -102,11 +102,11 @@ def test_interrupted_at_every_command(life: Killed) -> None:
     count = len(life.commands())
     taken_back = [
         life.takes_back(
-            Fault.STOPPED_AT_A_COMMAND, dying.before_command(at), signal.SIGINT if at % 2 else signal.SIGTERM
+            Fault.STOPPED_AT_A_COMMAND, dying.before_command(at), signal.SIGINT if turn % 2 else signal.SIGTERM
         )
-        for at in range(1, count)
+        for turn, at in enumerate(points(1, count, 2))
     ]
-    assert taken_back.count(True) >= count - 4
+    assert taken_back.count(True) >= len(taken_back) - 4
     life.go_on()
     life.backup()
 

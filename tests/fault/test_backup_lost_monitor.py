@@ -18,10 +18,10 @@ from pullback.errors import DomainUnreachable, PullbackError
 from tests.support.life import Life
 from tests.support.monitor_proxy import How, MonitorProxy, impatient
 from tests.support.product import references, run_state
-from tests.support.survival import Fault, survives
+from tests.support.survival import Fault, points, survives
 
 Start = Callable[..., BareQemu]
-CUTS = 24
+CUTS = 12
 
 
 class Listened(Life):
@@ -102,16 +102,15 @@ def hold_back(life: Listened, count: int, how: How) -> None:
 
 def test_a_reply_comes_after_its_deadline(life: Listened) -> None:
     count = len(life.commands())
-    for at in range(1, count + 1):
+    for at in points(1, count + 1, 4):
         with survives(Fault.REPLY_LATE):
             hold_back(life, at, "late")
     life.judge_all()
 
 
 def test_a_command_is_lost(life: Listened) -> None:
-    """Every third one."""
     count = len(life.commands())
-    for at in range(1, count + 1, 3):
+    for at in points(3, count + 1, 6):
         with survives(Fault.REPLY_NEVER):
             hold_back(life, at, "lost")
     life.judge_all()

@@ -21,7 +21,7 @@ from pullback.repository.writer import PackWriter
 from tests.support import dying
 from tests.support.life import Life
 from tests.support.product import references
-from tests.support.survival import Fault, survives
+from tests.support.survival import Fault, points, survives
 
 Start = Callable[..., BareQemu]
 BEFORE_THE_COMMIT = [
@@ -104,13 +104,13 @@ def is_clear(error: PullbackError | None) -> bool:
 
 
 def test_qemu_is_killed_around_every_command(life: Crashing) -> None:
-    """Every second command, in turn before it and right after it was sent."""
+    """In turn before a command and right after it was sent."""
     count = len(life.commands())
     assert count > 30
     survivors = 0
-    for at in range(1, count + 1, 2):
+    for turn, at in enumerate(points(1, count + 1, 2)):
         with survives(Fault.QEMU_KILLED):
-            error = life.qemu_dies((dying.before_command if at % 4 == 1 else dying.after_sending)(at))
+            error = life.qemu_dies((dying.after_sending if turn % 2 else dying.before_command)(at))
             if error is None:
                 survivors += 1
             else:
@@ -137,7 +137,9 @@ def test_qemu_is_killed_while_data_flows(life: Crashing) -> None:
 
 def test_the_host_is_gone(life: Crashing) -> None:
     count = len(life.commands())
-    commands = [(dying.before_command, dying.after_sending)[at % 8 == 2](at) for at in range(2, count, 4)]
+    commands = [
+        (dying.after_sending, dying.before_command)[turn % 2](at) for turn, at in enumerate(points(2, count, 4))
+    ]
     for point in [*commands, *BEFORE_THE_COMMIT[::2], *IN_THE_COMMIT]:
         with survives(Fault.HOST_GONE):
             life.host_dies(point)

@@ -216,6 +216,26 @@ def test_the_repository_gone(kept: Kept, backup: str, lab_dir: Path) -> None:
     goes_on(kept, backup, lab_dir / "to")
 
 
+@pytest.mark.fault(Fault.REPOSITORY_FAILS)
+@pytest.mark.parametrize("fails_before", [False, True])
+def test_a_lock_that_cannot_be_removed_hides_nothing(
+    kept: Kept, backup: str, lab_dir: Path, fails_before: bool
+) -> None:
+    said: list[Event] = []
+    gone = RepositoryError("the network is down")
+    with mock.patch.object(LocalStore, "remove", side_effect=gone):
+        if fails_before:
+            with (
+                mock.patch.object(restoring.Writing, "carry", side_effect=RestoreError("no space")),
+                pytest.raises(RestoreError, match="no space"),
+            ):
+                kept.restore(backup, lab_dir / "to", said.append)
+        else:
+            kept.restore(backup, lab_dir / "to", said.append)
+            kept.judge(backup, lab_dir / "to")
+    assert "the network is down" in str(said)
+
+
 @pytest.mark.fault(Fault.TARGET_FULL)
 def test_a_full_disk(kept: Kept, lab_dir: Path) -> None:
     backup = kept.store({"vda": some_disk(12 * MIB, 3), "vdb": some_disk(8 * MIB, 4)})

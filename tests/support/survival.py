@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -52,6 +53,15 @@ class Fault(StrEnum):
     FROZEN_PROCESS = "pullback stopped (SIGSTOP) for a while, the domain writing"
     CLOCK_JUMP = "the clock set back or forward"
     TWO_AT_ONCE = "two at once"
+
+
+#: Points of a kind are tried each ``step``-th, so that a run has an end; with this set, all of them.
+_ALL = bool(os.environ.get("PULLBACK_TEST_ALL"))
+
+
+def points(first: int, end: int, step: int) -> range:
+    """The numbers of the points to try, of all from ``first`` to before ``end``."""
+    return range(first, end, 1 if _ALL else step)
 
 
 _Counts = dict[str, list[int]]
