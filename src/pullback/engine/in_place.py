@@ -20,7 +20,7 @@ from pullback.engine.domain import Domain, DomainAddress, open_domain
 from pullback.engine.events import Emit, Note
 from pullback.engine.exporting import Export, ExportRequest, end_exports, start_parts
 from pullback.engine.overwriting import Overwriting, Sampling, changed_spans, draw_sample, map_export
-from pullback.engine.reader_lock import acquire_for_reading
+from pullback.engine.reader_lock import acquire_for_reading, release_after_reading
 from pullback.engine.rereading import Rereading
 from pullback.engine.session import uncancelled
 from pullback.engine.source import DiskSource
@@ -131,12 +131,12 @@ async def _locked(repository: Repository, request: InPlaceRequest, emit: Emit) -
         lock.give_up()
         await asyncio.wait({acquiring})
         if acquiring.exception() is None:
-            await asyncio.to_thread(lock.release)
+            await asyncio.to_thread(release_after_reading, lock, emit)
         raise
     try:
         yield
     finally:
-        await asyncio.to_thread(lock.release)
+        await asyncio.to_thread(release_after_reading, lock, emit)
 
 
 class _InPlace:

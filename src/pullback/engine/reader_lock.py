@@ -20,3 +20,11 @@ def acquire_for_reading(lock: RepositoryLock, doing: str, emit: Emit) -> None:
         if not isinstance(error.__cause__, OSError):
             raise
         emit(Note(f"{doing} without a lock, so nothing may prune the repository meanwhile: {error.what}."))
+
+
+def release_after_reading(lock: RepositoryLock, emit: Emit) -> None:
+    """Give the lock back; where it cannot be removed say so: what was read is right, or has an error of its own."""
+    try:
+        lock.release()
+    except RepositoryError as error:
+        emit(Note(f"The repository's lock could not be removed, the next pullback does that: {error.what}."))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from pullback.engine.events import Emit, Note
-from pullback.engine.reader_lock import acquire_for_reading
+from pullback.engine.reader_lock import acquire_for_reading, release_after_reading
 from pullback.engine.rereading import Rereading
 from pullback.engine.restoring import Writing
 from pullback.engine.source import DiskSource
@@ -159,7 +159,7 @@ class Restore:
         try:
             yield
         finally:
-            lock.release()
+            release_after_reading(lock, self._emit)
 
     def _check_space(self, source: DiskSource, targets: Sequence[Target]) -> None:
         """All images are on one file system; what an unfinished one takes already is not needed again."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from pullback.engine.chunk_cache import ChunkCache
 from pullback.engine.events import Emit, Note, ServedExport, Serving
 from pullback.engine.listening import check_address, dead_socket
-from pullback.engine.reader_lock import acquire_for_reading
+from pullback.engine.reader_lock import acquire_for_reading, release_after_reading
 from pullback.engine.served_disk import ServedDisk
 from pullback.engine.walking import walk
 from pullback.engine.workdir import work_directory
@@ -127,7 +127,7 @@ class Serve:
                 await self._until_stopped(self._lock)
         finally:
             await asyncio.to_thread(cache.close)
-            await asyncio.to_thread(self._lock.release)
+            await asyncio.to_thread(release_after_reading, self._lock, self._emit)
         return Served(snapshot.id, cache.bytes_loaded, time.monotonic() - begin)
 
     def _check_stopped(self) -> None:
