@@ -31,6 +31,7 @@ class Source:
         self.go = threading.Event()
         self.go.set()
         self.broken: set[int] = set()
+        self.no_memory: set[int] = set()
         self.index = SimpleNamespace(lookup=lambda kind, blob: SimpleNamespace(pack_id=PackId(b"p" * 32)))
 
     def load_blob(self, kind: BlobKind, blob: BlobId) -> bytes:
@@ -46,6 +47,9 @@ class Source:
         assert self.go.wait(30)
         if number in self.broken:
             raise Damaged(f"blob {number}")
+        if number in self.no_memory:
+            self.no_memory.remove(number)
+            raise MemoryError
         return bytes([number % 256]) * MIB
 
 
@@ -92,6 +96,22 @@ def test_a_failure_is_told_to_all_and_not_kept(source: Source) -> None:
     cache.close()
 
 
+def test_who_waits_for_one_that_fails_by_itself_tries_again(source: Source) -> None:
+    """What is wrong with one thread is not what is wrong with the chunk."""
+    cache = cache_of(source)
+    source.no_memory.add(5)
+    source.go.clear()
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(cache.get, name(5)) for _ in range(2)]
+        wait_for(lambda: source.loads, "the first load")
+        source.go.set()
+        failed = [one.exception(30) for one in asked]
+    assert sorted(map(type, failed), key=str) == [MemoryError, type(None)]
+    assert cache.get(name(5)) == b"\5" * MIB
+    assert source.loads == [("one", 5)] * 2
+    cache.close()
+
+
 def test_what_was_fetched_together_is_there_but_for_what_is_broken(source: Source) -> None:
     cache = cache_of(source)
     source.broken.add(2)
@@ -127,3 +147,20 @@ def test_nothing_is_loaded_ahead_after_the_end(source: Source) -> None:
     cache.fetch_ahead([(name(number), MIB) for number in range(1, 9)])
     assert not source.loads
     assert cache.get(name(1)) == b"\1" * MIB
+
+
+def test_what_was_about_to_be_loaded_ahead_at_the_end_is_nobody_s(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_of(source)
+    claim = cache._claim
+
+    def end_first(blobs: Iterable[BlobId]) -> list[BlobId]:
+        cache.close()
+        return claim(blobs)
+
+    monkeypatch.setattr(cache, "_claim", end_first)
+    cache.fetch_ahead([(name(number), MIB) for number in (1, 2)])
+    assert not source.loads
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(cache.get, name(1)).result(30) == b"\1" * MIB

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pullback.errors import DomainBusy, UsageError
@@ -72,9 +72,11 @@ def domain_lock(identity: str, domain: str) -> Iterator[None]:
     try:
         handle = _open(path)
     except BlockingIOError as error:
-        holder = path.read_text().strip() or "?"
+        holder = ""
+        with suppress(FileNotFoundError):  # it ended meanwhile
+            holder = path.read_text().strip()
         raise DomainBusy(
-            f"another pullback (process {holder}) is working on domain {domain}",
+            f"another pullback (process {holder or '?'}) is working on domain {domain}",
             means="Nothing was touched.",
             todo="Try again when it has ended.",
         ) from error
