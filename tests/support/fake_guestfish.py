@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guestfish without libguestfs: it answers what pullback asks, from a tar archive, and fails as it is told to.
 
-FAKE_GUESTFISH holds words: ``kvm-fails`` (it starts only with force_tcg), ``no-start``, ``mute`` (it never answers
-`run`), ``dies`` (it ends when files are asked for), ``archive=FILE`` (what tar-out of any directory sends).
+FAKE_GUESTFISH holds words: ``kvm-fails`` (it starts only with force_tcg), ``no-start``, ``no-kernel``, ``mute`` (it
+never answers `run`), ``dies`` (it ends when files are asked for), ``archive=FILE`` (what tar-out of any directory sends).
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def words_of(line: bytes) -> list[str]:
 def run() -> str:
     if "mute" in WORDS:
         time.sleep(600)
+    if "no-kernel" in WORDS:
+        return "libguestfs: error: /usr/bin/supermin exited with error status 1."
     tcg = "force_tcg" in os.environ["LIBGUESTFS_BACKEND_SETTINGS"]
     if "no-start" in WORDS or ("kvm-fails" in WORDS and not tcg):
         return "libguestfs: error: appliance closed the connection unexpectedly."

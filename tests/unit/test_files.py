@@ -220,7 +220,11 @@ def test_without_kvm_it_starts_all_the_same(stage: Stage, guestfish: dict[str, s
 
 @pytest.mark.parametrize(
     ("words", "code", "said"),
-    [("no-start", 17, "cannot run: appliance closed"), ("dies", 17, "guestfish ended")],
+    [
+        ("no-start", 17, "cannot run: appliance closed"),
+        ("no-kernel", 17, "linux-image-cloud-amd64"),
+        ("dies", 17, "guestfish ended"),
+    ],
 )
 def test_a_libguestfs_that_fails_is_exit_code_17(
     stage: Stage, guestfish: dict[str, str], words: str, code: int, said: str

@@ -29,6 +29,7 @@ from pullback.plan.files import printable, quoted
 
 _TODO_INSTALL = "On Debian: apt install guestfish, and a kernel where there is none: linux-image-cloud-amd64."
 _TODO_TEST = "libguestfs-test-tool (package libguestfs0) says more."
+_TODO_KERNEL = f"It needs a kernel in /boot; where there is none: apt install linux-image-cloud-amd64. {_TODO_TEST}"
 _MEANS = "The backup is untouched; pullback restore and serve do not need libguestfs."
 _KVM = "/dev/kvm"
 #: Of what guestfish says that nobody asked for so much is kept.
@@ -172,7 +173,9 @@ class _Fish:
         wrong = [line.partition("libguestfs: error: ")[2] for line in lines if "libguestfs: error: " in line]
         if wrong:
             reason = printable(wrong[0]).rstrip(".")
-            raise FilesError(f"libguestfs cannot {words[0]}: {reason}", means=_MEANS, todo=_TODO_TEST)
+            # supermin builds the appliance out of this host's kernel; that there is none it says to nobody.
+            todo = _TODO_KERNEL if "supermin" in reason else _TODO_TEST
+            raise FilesError(f"libguestfs cannot {words[0]}: {reason}", means=_MEANS, todo=todo)
         return "\n".join(line for line in lines if line)
 
     def pump(self, others: list[int], until: float) -> bool:
