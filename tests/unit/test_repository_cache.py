@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import obstore.store
 import pytest
 
-from pullback.repository import index_cache, index_loader
+from pullback.repository import index_cache, index_loader, locks
 from pullback.repository.blob import BlobId, BlobKind, blob_id
 from pullback.repository.cache_folder import UNUSED_SECONDS, CacheFolder, default_cache_directory
 from pullback.repository.cached_store import CachedStore
@@ -35,6 +36,7 @@ CONTENT = [os.urandom(2000) for _ in range(40)]
 def early_folds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A cache is written for the first index file already."""
     monkeypatch.setattr(index_loader, "_TAIL_BYTES", 10)
+    monkeypatch.setattr(locks, "SETTLE", 0.0)  # nobody else is here; with it each repository takes a second
     yield
 
 
@@ -185,6 +187,61 @@ def test_what_breaks_while_it_is_in_use_is_made_anew(place: Path) -> None:
     assert len(opened.read) == 8
     assert not opened.warnings
     assert Opened(place).knows_all()
+
+
+def test_what_broke_before_new_entries_are_folded_in_is_made_anew(place: Path) -> None:
+    first = Opened(place)
+    assert first.knows_all()
+    store(Repository.open(LocalStore(place / "repo"), PASSWORD), more := [os.urandom(50) for _ in range(20)])
+    with first.file.open("r+b") as file:
+        file.seek(index_cache.HEADER.size)  # header and directory stay right, the first bucket does not
+        file.write(b"\xff" * 4)
+    later = Opened(place)
+    assert later.knows_all()
+    assert all(later.repository.index.has(BlobKind.DATA, blob_id(data)) for data in more)
+    assert len(set(later.read)) == 5
+    assert not later.warnings
+    again = Opened(place)
+    assert again.knows_all() and again.read == []
+
+
+def test_a_cache_that_cannot_be_opened_is_made_anew(place: Path) -> None:
+    opened = Opened(place)
+    assert opened.knows_all()
+    opened.file.unlink()
+    opened.file.symlink_to(opened.file)
+    again = Opened(place)
+    assert again.knows_all()
+    assert len(again.read) == 4
+    assert not again.warnings
+    assert again.file.is_file() and not again.file.is_symlink()
+
+
+@pytest.mark.parametrize("when", ["while it is opened", "while it is asked"])
+def test_a_disk_that_fails_to_read_the_cache_costs_time_only(
+    place: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Three times, and it is used no more."""
+    assert Opened(place).knows_all()
+    opened = Opened(place)
+    if when == "while it is asked":
+        opened.repository.load_index()
+    pread, file = os.pread, opened.file
+    inodes = {file.stat().st_ino}
+
+    def failing(handle: int, size: int, offset: int) -> bytes:
+        if file.exists():
+            inodes.add(file.stat().st_ino)
+        if os.fstat(handle).st_ino in inodes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(handle, size, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    assert opened.knows_all()
+    assert len(opened.repository.index) == 40
+    (warning,) = opened.warnings
+    assert "cannot be read back" in warning and "nothing is wrong with the backups" in warning
+    assert not file.exists()
 
 
 def test_a_cache_of_another_repository_is_not_believed(place: Path, tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ def test_a_key_file_opens_with_its_password_only() -> None:
         {"N": 0},
         {"N": 1 << 30},
         {"p": 1 << 40},
+        {"N": 1 << 16, "r": 1},  # neither too much work nor memory, but not allowed by RFC 7914
         {"r": "8"},
         {"N": True},
         {"salt": "*"},

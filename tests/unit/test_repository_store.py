@@ -19,6 +19,7 @@ import pytest
 
 from lab.s3 import S3Address
 from pullback.errors import Damaged, RepositoryError, RepositoryUnsupported, UsageError
+from pullback.repository import local_store
 from pullback.repository.cache_folder import CacheFolder
 from pullback.repository.cached_store import CachedStore
 from pullback.repository.local_store import LocalStore
@@ -200,6 +201,24 @@ def test_leftovers_are_not_listed(tmp_path: Path) -> None:
     (tmp_path / "data" / "README").write_bytes(b"not a directory")
     assert list(store.list(FileKind.SNAPSHOTS)) == [(name, 1)]
     assert list(store.list(FileKind.DATA)) == []
+
+
+def test_a_file_that_is_removed_while_the_directory_is_read_is_not_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program's lock, or a pack that a prune removes."""
+    store = LocalStore(tmp_path)
+    store.create()
+    stays, goes = put(store, b"stays", FileKind.LOCKS), put(store, b"goes", FileKind.LOCKS)
+    scan = local_store._scan
+
+    def scan_then_lose(folder: Path) -> list[os.DirEntry[str]]:
+        entries = scan(folder)
+        (folder / goes).unlink()
+        return entries
+
+    monkeypatch.setattr(local_store, "_scan", scan_then_lose)
+    assert list(store.list(FileKind.LOCKS)) == [(stays, 5)]
 
 
 def test_the_file_is_synced_before_it_gets_its_name_and_the_name_after(
