@@ -2,7 +2,8 @@
 """A guestfish without libguestfs: it answers what pullback asks, from a tar archive, and fails as it is told to.
 
 FAKE_GUESTFISH holds words: ``kvm-fails`` (it starts only with force_tcg), ``no-start``, ``no-kernel``, ``mute`` (it
-never answers `run`), ``dies`` (it ends when files are asked for), ``archive=FILE`` (what tar-out of any directory sends).
+never answers `run`), ``dies`` (it ends when files are asked for), ``archive=FILE`` (what tar-out of any directory
+sends).
 """
 
 from __future__ import annotations
