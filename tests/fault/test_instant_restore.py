@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -267,6 +268,14 @@ def test_what_is_there_is_left_alone(world: World) -> None:
     assert done.code == 9
     assert world.image.read_bytes() == b"mine"
     assert len(list(world.to.iterdir())) == 1
+
+
+def test_images_that_are_removed_end_it_in_words(world: World) -> None:
+    with world.restoring() as server:
+        shutil.rmtree(world.to)
+        assert server.process.wait(60) == 9
+        assert not server.read("streamed")
+        assert "cannot read" in server.events[-1]["message"]
 
 
 def test_unfinished_images_of_another_backup_are_left_alone(world: World) -> None:

@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +51,19 @@ class Overlay:
 
     @property
     def stands_alone(self) -> bool:
-        """Whether its header names no backing file any more (qcow2 specification, bytes 8 to 15)."""
-        with self.path.open("rb") as file:
-            return int.from_bytes(file.read(16)[8:], "big") == 0
+        """Whether its header names no backing file any more (qcow2 specification, bytes 8 to 15).
+
+        RestoreError where it cannot be read.
+        """
+        try:
+            with self.path.open("rb") as file:
+                return int.from_bytes(file.read(16)[8:], "big") == 0
+        except OSError as error:
+            raise RestoreError(
+                f"cannot read {self.path}: {error.strerror}",
+                means="Without its image nothing can be copied; the backup is whole.",
+                todo="Where the directory was removed or moved, restore to a new one.",
+            ) from error
 
 
 class OverlayPlace:
@@ -84,7 +94,11 @@ class OverlayPlace:
         return tuple(one for one in every if not wanted or one.target in wanted or one.ours.exists())
 
     def prepare(self, overlays: Sequence[Overlay]) -> None:
-        """Make those images that are not there yet; TargetExists where something else lies, and nothing was changed."""
+        """Make those images that are not there yet, all of them or none.
+
+        TargetExists where something else lies, UsageError for a path that is too long, RestoreError where they cannot
+        be made; nothing was changed.
+        """
         if len(os.fsencode(self.work / FLUSH)) > _LONGEST_SOCKET:
             raise UsageError(
                 f"the path of {self._directory} is too long for a socket in it",
@@ -95,14 +109,18 @@ class OverlayPlace:
             self._check(one)
         try:
             self._sweep()
-            self.work.mkdir(mode=0o700, exist_ok=True)
-            for one in overlays:
-                self._make(one)
-            sync_directory(self._directory)
+            with ExitStack() as unmake:
+                unmake.callback(self._leave)
+                self.work.mkdir(mode=0o700, exist_ok=True)
+                for one in overlays:
+                    self._make(one, unmake)
+                sync_directory(self._directory)
+                unmake.pop_all()
         except OSError as error:
             raise RestoreError(
                 f"cannot make the images in {self._directory}: {error.strerror}",
-                means="It has to take hard links and unix sockets.",
+                means=f"{NOTHING_WRITTEN} The directory has to take hard links and unix sockets.",
+                todo="Name another directory with --to.",
             ) from error
 
     def _check(self, one: Overlay) -> None:
@@ -124,22 +142,25 @@ class OverlayPlace:
             todo="Name another directory with --to, or move the file away.",
         )
 
-    def _make(self, one: Overlay) -> None:
+    def _make(self, one: Overlay, unmake: ExitStack) -> None:
         if not one.ours.exists():
             new = one.ours.with_suffix(".new")
             new.unlink(missing_ok=True)
+            unmake.callback(new.unlink, missing_ok=True)
             _create(new, backing_file(self.socket, one.target, self._reconnect), one.size)
             new.rename(one.ours)
+            unmake.callback(one.ours.unlink)
             sync_directory(self.work)
         if not one.path.exists():
             os.link(one.ours, one.path)
+            unmake.callback(one.path.unlink)
 
     def were_booted(self, overlays: Sequence[Overlay]) -> bool:
         """Whether these are images of a boot before, and stand alone."""
         try:
             files = json.loads(self._booted.read_bytes())
             return all(files.get(one.path.name) == one.path.stat().st_ino and one.stands_alone for one in overlays)
-        except (OSError, ValueError, AttributeError):
+        except (OSError, RestoreError, ValueError, AttributeError):
             return False
 
     def remember(self, overlays: Sequence[Overlay]) -> None:
@@ -173,7 +194,7 @@ class OverlayPlace:
                 path.unlink()
             done.rmdir()
 
-    def give_up(self) -> None:
+    def _leave(self) -> None:
         """Remove the directory if nothing came into it."""
         with suppress(OSError):
             self.work.rmdir()
