@@ -3,7 +3,7 @@
 
 FAKE_GUESTFISH holds words: ``kvm-fails`` (it starts only with force_tcg), ``no-start``, ``no-kernel``, ``mute`` (it
 never answers `run`), ``dies`` (it ends when files are asked for), ``archive=FILE`` (what tar-out of any directory
-sends).
+sends), ``broken`` (its file system cannot be mounted), ``lingers`` (it does not end with its input).
 """
 
 from __future__ import annotations
@@ -65,6 +65,14 @@ def send(pipe: str, content: bytes) -> str:
     return ""
 
 
+def stat(path: str) -> str:
+    return DIRECTORY if path == "/" else "libguestfs: error: lstatns_stub: lstat: No such file or directory"
+
+
+def mount(device: str, place: str) -> str:
+    return "libguestfs: error: mount_ro: bad superblock" if "broken" in WORDS else ""
+
+
 def archive() -> bytes:
     (path,) = [word.partition("=")[2] for word in WORDS if word.startswith("archive=")] or [""]
     return Path(path).read_bytes()
@@ -76,7 +84,8 @@ ANSWERS: dict[str, Callable[..., str]] = {
     "vfs-label": lambda device: "root",
     "vfs-uuid": lambda device: "0123-4567" if device == "/dev/sda1" else "libguestfs: error: there is none",
     "blockdev-getsize64": lambda device: "1048576",
-    "lstatns": lambda path: DIRECTORY,
+    "mount-ro": mount,
+    "lstatns": stat,
     "lstatnslist": lambda directory, names: stats(names),
     "ls0": lambda path, pipe: send(pipe, b"hello\0"),
     "download": lambda path, pipe: send(pipe, b"hello\n"),
@@ -88,3 +97,5 @@ if __name__ == "__main__":
     for line in sys.stdin.buffer:
         command, *given = words_of(line)
         print(ANSWERS.get(command.removeprefix("-"), lambda *words: "")(*given), flush=True)
+    if "lingers" in WORDS:
+        time.sleep(600)

@@ -253,6 +253,31 @@ def test_files_go_into_a_new_or_empty_directory_only(stage: Stage, guestfish: di
     assert not (tmp_path / "newer").exists()
 
 
+def test_what_cannot_be_extracted_into_is_said(stage: Stage, guestfish: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for to, said in (("x" * 300, "cannot look into"), ("file/below", "cannot make")):
+        done = stage.cli("files", "latest", "/hello", "--to", tmp_path / to, env=guestfish)
+        assert done.code == 9
+        assert f"{said} {tmp_path / to}: " in done.err
+        assert "Nothing was extracted. Choose another directory." in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "path", "code", "said"),
+    [
+        ("", "/no such", 2, "no file system of this backup has /no such."),
+        ("broken", "/hello", 17, "has /hello, and /dev/sda1 cannot be read (libguestfs cannot mount-ro: mount_ro: bad"),
+    ],
+)
+def test_why_a_path_is_not_found_is_said(
+    stage: Stage, guestfish: dict[str, str], words: str, path: str, code: int, said: str
+) -> None:
+    """A file system that cannot be mounted may well have it."""
+    done = stage.cli("files", "latest", path, env={**guestfish, "FAKE_GUESTFISH": words})
+    assert done.code == code
+    assert said in done.err
+
+
 def test_an_archive_that_lies_is_exit_code_9(stage: Stage, guestfish: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "lies").write_bytes(archive((member("../\x1b[2Jescaped"), b"x"), (member("good"), b"x")))
     told = {**guestfish, "FAKE_GUESTFISH": f"archive={tmp_path / 'lies'}"}
@@ -295,6 +320,19 @@ def test_one_that_never_answers_is_ended(
         Appliance(str(tmp_path / "nbd"), ["vda"], lambda text: None, Deadlines(without_kvm=1.0)) as appliance,
     ):
         appliance.start()
+
+
+def test_one_that_does_not_end_is_ended(
+    guestfish: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**guestfish, "FAKE_GUESTFISH": "lingers", "TMPDIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with Appliance(str(tmp_path / "nbd"), ["vda"], lambda text: None, Deadlines(ending=0.1)) as appliance:
+        appliance.start()
+        (pid,) = fakes_below(os.getpid())
+    assert not Path(f"/proc/{pid}").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"bin"}
 
 
 def test_the_repository_s_password_is_not_handed_on(

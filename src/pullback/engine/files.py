@@ -35,6 +35,8 @@ _AT_ONCE = 500
 #: Names that need no thought within a list of guestfish's.
 _PLAIN = re.compile(r"[A-Za-z0-9_.,:+@%=~-]+")
 
+_NOTHING = "Nothing was extracted."
+
 
 @dataclass(frozen=True, slots=True)
 class FilesRequest:
@@ -197,16 +199,24 @@ class FilesReader:
             if missing:
                 raise UsageError(f"there is no {printable(missing[0])} in {printable(chosen.device)}")
             return chosen
-        holding = [one for one in found if one.has_files and self._holds(one, paths)]
+        unread: list[str] = []
+        holding = [one for one in found if one.has_files and self._holds(one, paths, unread)]
+        if unread and not holding:
+            raise FilesError(
+                f"no file system that can be read has {', '.join(map(printable, paths))}, and {', '.join(unread)}",
+                means="The backup is untouched.",
+            )
         chosen = the_one_with(paths, holding, found)
         self._appliance.call("mount-ro", chosen.device, "/")
         return chosen
 
-    def _holds(self, filesystem: FileSystem, paths: Sequence[str]) -> bool:
+    def _holds(self, filesystem: FileSystem, paths: Sequence[str], unread: list[str]) -> bool:
+        """Whether it has all of them; one that cannot be mounted goes to ``unread``, with the reason."""
         try:
             self._appliance.call("mount-ro", filesystem.device, "/")
-        except FilesError:
+        except FilesError as error:
             self._appliance.call("ping-daemon")
+            unread.append(f"{printable(filesystem.device)} cannot be read ({error.what})")
             return False
         held = all(self._stat(path) is not None for path in paths)
         self._appliance.call("umount-all")
@@ -261,7 +271,7 @@ class FilesReader:
         try:
             to.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RestoreError(f"cannot make {to}: {error.strerror}", todo="Choose another directory.") from error
+            raise _unusable("make", to, error) from error
         extraction = Extraction(to)
         for path in paths:
             self._extract(extraction, path)
@@ -295,7 +305,9 @@ def _check_empty(to: Path) -> None:
         if to.is_dir() and not any(to.iterdir()):
             return
     except OSError as error:
-        raise RestoreError(f"cannot look into {to}: {error.strerror}", todo="Choose another directory.") from error
-    raise TargetExists(
-        f"{to} is not an empty directory", means="Nothing was extracted.", todo="Choose a new one: it is made."
-    )
+        raise _unusable("look into", to, error) from error
+    raise TargetExists(f"{to} is not an empty directory", means=_NOTHING, todo="Choose a new one: it is made.")
+
+
+def _unusable(what: str, to: Path, error: OSError) -> RestoreError:
+    return RestoreError(f"cannot {what} {to}: {error.strerror}", means=_NOTHING, todo="Choose another directory.")
