@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,6 +62,20 @@ def cache_of(source: Any, capacity: int = 8 * MIB) -> ChunkCache:
     return ChunkCache(source, capacity, 2)
 
 
+def asked(cache: ChunkCache, number: int) -> Future[bytes]:
+    """A chunk asked for by a thread that a test need not wait for."""
+    answer: Future[bytes] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(cache.get(name(number)))
+        except MemoryError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answer
+
+
 def test_what_was_used_last_stays(source: Source) -> None:
     cache = cache_of(source, 3 * MIB)
     for number in (1, 2, 3, 1, 4, 1):
@@ -101,11 +115,10 @@ def test_who_waits_for_one_that_fails_by_itself_tries_again(source: Source) -> N
     cache = cache_of(source)
     source.no_memory.add(5)
     source.go.clear()
-    with ThreadPoolExecutor(2) as pool:
-        asked = [pool.submit(cache.get, name(5)) for _ in range(2)]
-        wait_for(lambda: source.loads, "the first load")
-        source.go.set()
-        failed = [one.exception(30) for one in asked]
+    answers = [asked(cache, 5), asked(cache, 5)]
+    wait_for(lambda: source.loads, "the first load")
+    source.go.set()
+    failed = [answer.exception(10) for answer in answers]
     assert sorted(map(type, failed), key=str) == [MemoryError, type(None)]
     assert cache.get(name(5)) == b"\5" * MIB
     assert source.loads == [("one", 5)] * 2
@@ -162,5 +175,4 @@ def test_what_was_about_to_be_loaded_ahead_at_the_end_is_nobody_s(
     monkeypatch.setattr(cache, "_claim", end_first)
     cache.fetch_ahead([(name(number), MIB) for number in (1, 2)])
     assert not source.loads
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(cache.get, name(1)).result(30) == b"\1" * MIB
+    assert asked(cache, 1).result(10) == b"\1" * MIB
