@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from struct import pack
+from typing import cast
 
 import pytest
 
@@ -18,15 +20,15 @@ from pullback.nbd import protocol as p
 from pullback.nbd.address import UnixAddress
 from pullback.nbd.blocking import NbdConnection
 from pullback.nbd.server_handshake import ServerHandshake
+from pullback.nbd.stream import TlsStream
 
 MIB = 1 << 20
 Script = Callable[[socket.socket], None]
 
 
 @contextmanager
-def server(path: Path, script: Script, *, size: int = 1 << 40) -> Iterator[UnixAddress]:
-    """Serve one client: shake hands, then run ``script`` on the socket."""
-    info = p.ExportInfo("x", size, p.TransmissionFlag(0b1111_1111_1101), contexts={"base:allocation": 1})
+def raw_server(path: Path, script: Script) -> Iterator[UnixAddress]:
+    """Serve one client: run ``script`` on the socket."""
     listener = socket.socket(socket.AF_UNIX)
     address = UnixAddress(str(path / "s"))
     listener.bind(address.path)
@@ -39,11 +41,6 @@ def server(path: Path, script: Script, *, size: int = 1 << 40) -> Iterator[UnixA
             return
         with sock:
             sock.settimeout(20)
-            handshake = ServerHandshake({"x": info})
-            while not handshake.done:
-                sock.sendall(handshake.data_to_send())
-                handshake.receive(sock.recv(65536))
-            sock.sendall(handshake.data_to_send())
             try:
                 script(sock)
             except OSError:
@@ -58,6 +55,23 @@ def server(path: Path, script: Script, *, size: int = 1 << 40) -> Iterator[UnixA
         listener.close()
         thread.join(30)
         assert not thread.is_alive()
+
+
+@contextmanager
+def server(path: Path, script: Script, *, size: int = 1 << 40) -> Iterator[UnixAddress]:
+    """Serve one client: shake hands, then run ``script`` on the socket."""
+    info = p.ExportInfo("x", size, p.TransmissionFlag(0b1111_1111_1101), contexts={"base:allocation": 1})
+
+    def greet(sock: socket.socket) -> None:
+        handshake = ServerHandshake({"x": info})
+        while not handshake.done:
+            sock.sendall(handshake.data_to_send())
+            handshake.receive(sock.recv(65536))
+        sock.sendall(handshake.data_to_send())
+        script(sock)
+
+    with raw_server(path, greet) as address:
+        yield address
 
 
 def take(sock: socket.socket, count: int) -> bytes:
@@ -261,3 +275,82 @@ def test_somebody_who_says_nothing(tmp_path: Path) -> None:
         listener.listen(1)
         with pytest.raises(NbdDisconnected, match=r"handshake.*did not answer in time"):
             NbdConnection.connect(UnixAddress(str(tmp_path / "s")), "", timeout=0.2)
+
+
+def test_a_server_of_another_protocol_is_let_go_of_at_once(tmp_path: Path) -> None:
+    let_go = threading.Event()
+
+    def script(sock: socket.socket) -> None:
+        sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        until_closed(sock)
+        let_go.set()
+
+    with raw_server(tmp_path, script) as address:
+        with pytest.raises(NbdProtocolError, match="does not speak NBD") as caught:
+            NbdConnection.connect(address, "", timeout=10)
+        assert let_go.wait(10)
+    assert caught.value.exit_code == 7
+
+
+def test_a_refusal_is_told_also_when_the_server_does_not_wait_for_a_goodbye(tmp_path: Path) -> None:
+    def script(sock: socket.socket) -> None:
+        handshake = ServerHandshake({})
+        while True:
+            data = handshake.data_to_send()
+            if p.Reply.ERR_UNKNOWN.to_bytes(4, "big") in data:
+                sock.shutdown(socket.SHUT_RD)  # what the client says from here on is EPIPE
+                sock.sendall(data)
+                return
+            sock.sendall(data)
+            handshake.receive(sock.recv(65536))
+
+    with raw_server(tmp_path, script) as address, pytest.raises(NbdRefused, match="'nowhere'"):
+        NbdConnection.connect(address, "nowhere", timeout=10)
+
+
+def test_a_server_that_takes_no_more_clients(tmp_path: Path) -> None:
+    address = UnixAddress(str(tmp_path / "s"))
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(address.path)
+        listener.listen(0)
+        first.connect(address.path)
+        with pytest.raises(NbdDisconnected, match=r"Nothing answers for NBD at .*did not answer in time"):
+            NbdConnection.connect(address, "", timeout=0.1)
+
+
+class Rekeying:
+    """A TLS socket that has to write before it can read, as when the peer asks for new keys; ``raw`` is under it."""
+
+    def __init__(self, raw: socket.socket) -> None:
+        self.raw = raw
+        self.fileno = raw.fileno
+
+    def settimeout(self, seconds: float) -> None:
+        self.raw.settimeout(seconds)
+
+    def recv_into(self, view: memoryview) -> int:
+        try:
+            self.raw.send(b"key")
+        except BlockingIOError:
+            raise ssl.SSLWantWriteError from None
+        view[:4] = b"data"
+        return 4
+
+
+def test_tls_that_has_to_write_before_it_can_read_waits_until_it_can_write() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        stream = TlsStream(cast(ssl.SSLSocket, Rekeying(ours)), 0.1)
+        with suppress(BlockingIOError):
+            while True:
+                ours.send(bytes(65536))
+        buffer = memoryview(bytearray(10))
+        with pytest.raises(TimeoutError):
+            stream.recv_into(buffer, whole=False)
+        reader = threading.Thread(target=lambda: until_closed(theirs))
+        reader.start()
+        stream.set_timeout(10)
+        assert stream.recv_into(buffer, whole=False) == 4
+        ours.shutdown(socket.SHUT_WR)
+        reader.join(10)
+    assert bytes(buffer[:4]) == b"data"
