@@ -129,9 +129,13 @@ class BootedQemu:
             try:
                 dial(qmp).socket.close()
                 return
-            except DomainUnreachable:
+            except DomainUnreachable as error:
                 if time.monotonic() > deadline:
-                    raise
+                    raise DomainUnreachable(
+                        f"the QEMU that was started does not listen at its monitor {qmp} within {_START:g} s",
+                        means="It was ended again; the backup is untouched.",
+                        todo="Try again when the machine is less busy; QEMU's own arguments have to leave that monitor.",
+                    ) from error
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), 0.02)
 

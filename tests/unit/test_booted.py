@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The QEMU of a booted backup that does not come up, does not end, or is gone while it is looked for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pullback.engine import booted
+from pullback.engine.booted import Start, accelerator, find_running, start_qemu
+from pullback.engine.events import Event, Note, silent
+from pullback.errors import DomainError, DomainUnreachable
+
+SLEEPS = ("sleep", "600")
+LISTENS = "import socket, sys; socket.socket(fileno=int(sys.argv[1])).listen()"
+
+
+def children() -> set[str]:
+    """Processes that the test started and that are not waited for, with the watchers of some."""
+    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+
+def start(place: Path, *, dies_with_us: bool = False) -> Start:
+    return Start(SLEEPS, str(place / "qmp"), "socket", None, dies_with_us)
+
+
+@contextmanager
+def ignored(number: signal.Signals) -> Iterator[None]:
+    """A signal ignored, also by those that are started meanwhile."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.fixture(autouse=True)
+def none_is_left() -> Iterator[None]:
+    before = children()
+    yield
+    assert children() == before
+
+
+async def test_a_processor_that_does_not_run_with_kvm_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kvm").touch()
+    monkeypatch.setattr(booted, "_KVM", tmp_path / "kvm")
+    monkeypatch.setattr(booted, "_PROBE_LIMIT", 0.1)
+    (program := tmp_path / "qemu").write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    told: list[Event] = []
+    assert await accelerator(str(program), told.append) == "tcg"
+    (note,) = told
+    assert isinstance(note, Note)
+    assert "a processor was not seen to run with it in time" in note.message
+
+
+async def test_one_that_never_listens_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(booted, "_START", 0.1)
+    with pytest.raises(DomainUnreachable, match=f"does not listen at its monitor {tmp_path}/qmp within 0.1 s"):
+        await start_qemu(start(tmp_path, dies_with_us=True), silent)
+
+
+async def test_one_that_does_not_end_is_killed_and_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(booted, "_STOP", 0.1)
+    with socket.socket(socket.AF_UNIX) as listener, ignored(signal.SIGTERM):
+        listener.bind(str(tmp_path / "qmp"))
+        listener.listen()
+        qemu = await start_qemu(start(tmp_path), silent)
+    await qemu.end()
+    with pytest.raises(DomainError, match=r"QEMU ended by SIGKILL\. It means\. Do that\."):
+        qemu.check("It means.", "Do that.")
+
+
+def test_a_listener_that_is_gone_is_no_qemu(tmp_path: Path) -> None:
+    """What it started still holds its socket, and would answer."""
+    path = str(tmp_path / "qmp")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        handle = listener.fileno()
+        subprocess.run([sys.executable, "-c", LISTENS, str(handle)], pass_fds=[handle], check=True)
+        before = len(os.listdir("/proc/self/fd"))
+        assert find_running(path, silent) is None
+        assert len(os.listdir("/proc/self/fd")) == before
