@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import stat
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +31,8 @@ from pullback.qemu.storage_daemon import qemu_program
 _LET_GO = 60.0
 #: No state of ours is larger: 32,000 spans at most.
 _MAX_STATE = 4 << 20
+#: ``struct flock`` (fcntl(2)): type, whence, start, length (0: to the end), pid.
+_FLOCK = "hhqqi"
 
 
 class Target:
@@ -329,18 +332,27 @@ def _facts(path: Path) -> FileFacts:
 
 
 def _in_use(path: Path) -> bool:
-    """Whether somebody holds a lock on any byte of the file, as QEMU does on its images."""
+    """Whether somebody holds a lock on any byte of the file, as QEMU does on its images; RestoreError if we cannot ask.
+
+    Asked without taking the lock, which would need the right to write (fcntl(2), F_GETLK).
+    """
     try:
-        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-    except OSError:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
         return False
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno in (errno.EAGAIN, errno.EACCES)
+        # It may be the image of a running domain whose QEMU is another user.
+        raise RestoreError(
+            f"cannot tell whether {path} is in use: {error.strerror}",
+            todo="Move it away once no domain needs it, or name another directory with --to.",
+        ) from error
+    try:
+        found = fcntl.fcntl(handle, fcntl.F_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    except OSError:
+        return False  # where there are no locks, nobody holds one
     finally:
         os.close(handle)
-    return False
+    return bool(struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK)
 
 
 def _let_go(path: Path, facts: FileFacts) -> FileFacts:
