@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,7 +217,8 @@ class OfflineDaemon:
         """End a daemon that was not left on purpose: its client was killed, and it may be ending already."""
         pid = self._pid()
         if pid is not None and _alive(pid, None):
-            os.kill(pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
         self.wait()
 
     def leave(self) -> None:
