@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 from qemu.qmp import EventListener
 
@@ -14,6 +15,8 @@ from pullback.errors import CommandFailed, DomainError, DomainUnreachable
 from pullback.plan.command import ExportDeleted, JobConcluded, JobGone, Paused, Plan, Step
 from pullback.qemu.guard import Guard
 from pullback.qemu.monitor import REPLY_TIMEOUT, Monitor
+
+T = TypeVar("T")
 
 #: Seconds for which a domain may stand still; it is milliseconds unless we are stopped, or QEMU cannot drain its I/O.
 PAUSE_LIMIT = 10.0
@@ -93,25 +96,38 @@ async def _run_step(monitor: Monitor, step: Step) -> None:
             await monitor.execute(step.execute, step.arguments)
 
 
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Await it; when we are cancelled, only after it has ended: half of it would leave the outcome unknown."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # it was seen: being cancelled is what is told
+        raise
+
+
 @asynccontextmanager
 async def _stopped(monitor: Monitor, guard: Guard) -> AsyncIterator[None]:
     """Pause the domain; continue it only if it was we who paused it (QEMU's STOP event says so)."""
     async with monitor.events("STOP") as events:
-        await guard.arm(PAUSE_LIMIT)
         try:
-            await monitor.execute("stop")
+            await _to_its_end(guard.arm(PAUSE_LIMIT))
+            await _to_its_end(monitor.execute("stop"))
             if events.empty():
-                await guard.disarm()
+                await _to_its_end(guard.disarm())
             yield
         finally:
             # Without a connection it is the guard who continues it, and why it was lost is what has to be told.
-            if not events.empty() and not monitor.lost:
-                await asyncio.shield(_continue(monitor, guard))
+            if not monitor.lost:
+                await _to_its_end(_continue(monitor, guard, paused=not events.empty()))
 
 
-async def _continue(monitor: Monitor, guard: Guard) -> None:
+async def _continue(monitor: Monitor, guard: Guard, paused: bool) -> None:
     """``cont``; if even that fails, the guard stays armed and does it when we close it."""
-    await monitor.execute("cont")
+    if paused:
+        await monitor.execute("cont")
     await guard.disarm()
 
 
