@@ -134,7 +134,7 @@ class BootedQemu:
                     raise DomainUnreachable(
                         f"the QEMU that was started does not listen at its monitor {qmp} within {_START:g} s",
                         means="It was ended again; the backup is untouched.",
-                        todo="Try again when the machine is less busy; QEMU's own arguments have to leave that monitor.",
+                        todo="Try again when the machine is less busy; QEMU's own arguments have to leave it alone.",
                     ) from error
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), 0.02)
