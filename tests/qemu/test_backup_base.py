@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from lab.qemu import BareQemu
-from pullback.engine.domain import DomainAddress
+from pullback.engine.domain import Domain, DomainAddress
 from pullback.engine.events import DiskPlanned, Event, Note
-from pullback.errors import UsageError
+from pullback.errors import CommandFailed, UsageError
 from tests.support.backups import open_repository, read_disk
 from tests.support.product import KIB, MIB, Stage, chain, references, same
 
@@ -174,7 +175,7 @@ def test_checkpoints_are_merged_away_and_those_of_others_stay(lab_dir: Path, bar
     same(stored(stage.repo, backup.id, "vda"), state)
 
 
-def test_keep_checkpoints(lab_dir: Path, bare_qemu: Start) -> None:
+def test_keep_checkpoints(lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(lab_dir)
     qemu = bare_qemu([stage.disk("vda", MIB)], running=True)
     for number in range(4):
@@ -183,6 +184,18 @@ def test_keep_checkpoints(lab_dir: Path, bare_qemu: Start) -> None:
         backup = stage.backup(qemu, keep_checkpoints=1)
         assert len(chain(qemu)) == 1
         same(stored(stage.repo, backup.id, "vda"), state)
+    told: list[Event] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Domain, "prune", mock.AsyncMock(side_effect=CommandFailed("transaction", "GenericError", "no")))
+        backup = stage.backup(qemu, told.append, keep_checkpoints=1)
+    (note,) = [event.message for event in told if isinstance(event, Note) and "merged" in event.message]
+    assert "The backup is stored, but older checkpoints could not be merged away: QEMU refused transaction: no" in note
+    assert stage.listed()[-1] == backup.id
+    assert len(chain(qemu)) == 2
+    base = stage.backup(qemu, keep_checkpoints=1).manifest.disks[0].base
+    assert base is not None
+    assert base.backup == backup.id
+    assert len(chain(qemu)) == 1
 
 
 def test_domains_of_one_name_do_not_mix(lab_dir: Path, bare_qemu: Start) -> None:

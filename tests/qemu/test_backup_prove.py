@@ -8,16 +8,17 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import pytest
 
 from lab.qemu import BareQemu, qemu_version
 from pullback.engine import prove as engine_prove
-from pullback.engine.domain import DomainAddress, open_domain
+from pullback.engine.domain import Domain, DomainAddress, open_domain
 from pullback.engine.events import Event, Frozen
 from pullback.engine.prove import Proving
 from pullback.engine.pull import Pull
-from pullback.errors import Damaged, ProofFailed
+from pullback.errors import CommandFailed, Damaged, ProofFailed
 from pullback.nbd.blocking import NbdConnection
 from pullback.plan import prove as plan_prove
 from pullback.plan.method import SAVED_UNIT
@@ -149,7 +150,9 @@ def test_a_bitmap_that_lied_is_found_and_said(
     same(stage.contents(last.id), state)
 
 
-def test_what_else_was_built_on_a_bitmap_that_lied(lab_dir: Path, bare_qemu: Start) -> None:
+def test_what_else_was_built_on_a_bitmap_that_lied(
+    lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another repository's backups would be as wrong; a user's own checkpoint is not ours to remove."""
     stage = Stage(lab_dir)
     qemu = bare_qemu([stage.disk("vda", MIB)], running=True)
@@ -160,6 +163,13 @@ def test_what_else_was_built_on_a_bitmap_that_lied(lab_dir: Path, bare_qemu: Sta
     elsewhere = stage.backup(qemu, repo=other)
     assert len(chain(qemu)) == 3
     lie(qemu, "vda", (0, 512))
+    with monkeypatch.context() as patched, pytest.raises(ProofFailed) as raised:
+        patched.setattr(Domain, "prune", mock.AsyncMock(side_effect=CommandFailed("transaction", "GenericError", "no")))
+        stage.backup(qemu, prove="all")
+    said = str(raised.value)
+    assert "The checkpoints of vda could not be removed (QEMU refused transaction: no), so that an incremental" in said
+    assert "--full" in said
+    assert (len(chain(qemu)), stage.listed()) == (3, [first.id])
     with pytest.raises(ProofFailed, match="Do not trust changes since mine, either") as raised:
         stage.backup(qemu, prove="all")
     assert raised.value.lied == ("vda",)

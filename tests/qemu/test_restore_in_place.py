@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from lab.disks import DiskSpec
 from lab.processes import run
 from lab.qemu import BareQemu
 from pullback.engine.domain import DomainAddress
-from pullback.engine.events import Event, Note, silent
+from pullback.engine.events import Emit, Event, Note, silent
 from pullback.engine.in_place import InPlaceRequest, InPlaceResult, restore_in_place
+from pullback.engine.reader_lock import acquire_for_reading
 from pullback.errors import Refused, UsageError
+from pullback.repository.locks import RepositoryLock
 from tests.support.api import inside
 from tests.support.backups import open_repository
 from tests.support.product import KIB, MIB, Stage, references, same
@@ -269,3 +272,52 @@ def test_as_a_command(lab: Lab) -> None:
     same(contents(lab.disks), lab.states[first])
     for wrong in (["--to", "x", "--into", spec], ["--into", spec, "--overwrite"], [], ["--to", "x", "--dry-run"]):
         assert inside(["restore", first, *wrong], environment).code == 2
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["while it waits", "when it was just taken"])
+async def test_cut_off_at_its_lock_it_leaves_none(stage: Stage, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    waits, given_up = asyncio.Event(), threading.Event()
+
+    def taken_late(lock: RepositoryLock, doing: str, emit: Emit) -> None:
+        emit(Note("waits"))
+        assert given_up.wait(10)
+        acquire_for_reading(lock, doing, emit)
+
+    if late:
+        monkeypatch.setattr("pullback.engine.in_place.acquire_for_reading", taken_late)
+        monkeypatch.setattr(RepositoryLock, "give_up", lambda self: given_up.set())
+    loop = asyncio.get_running_loop()
+    repository = open_repository(stage.repo)
+    with repository.lock(exclusive=not late):
+        held = set((stage.repo / "locks").iterdir())
+        request = InPlaceRequest("latest", DomainAddress(images="/nowhere"), lock_retry=60)
+        restoring = asyncio.ensure_future(
+            restore_in_place(
+                request, lambda: open_repository(stage.repo), lambda event: loop.call_soon_threadsafe(waits.set)
+            )
+        )
+        async with asyncio.timeout(20):
+            await waits.wait()
+            restoring.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await restoring
+        assert set((stage.repo / "locks").iterdir()) == held
+
+
+def test_a_backup_of_another_domain_is_refused(stage: Stage, disks: list[DiskSpec], bare_qemu: Start) -> None:
+    """Unless its disks know the backup (it was called otherwise then), or its images are named themselves."""
+    lab = Lab(stage, disks, bare_qemu)
+    first = lab.run()
+    foreign = [
+        images.create(stage.place / f"other-{disk.id}.qcow2", images.info(disk.path)["virtual-size"]) for disk in disks
+    ]
+    paths = ",".join(f"{disk.id}={path}" for disk, path in zip(disks, foreign, strict=True))
+    for dry in (True, False):
+        with pytest.raises(UsageError, match="is of domain lab, and this is domain db"):
+            into(stage, first, DomainAddress(images=paths, name="db"), dry=dry)
+    assert not any(any(images.raw_bytes(path)) for path in foreign)
+    lab.run(backup=False)
+    into(stage, first, DomainAddress(images=images_of(disks), name="db"))
+    same(contents(disks), lab.states[first])
+    into(stage, first, DomainAddress(images=paths))
+    same({disk.id: images.raw_bytes(path) for disk, path in zip(disks, foreign, strict=True)}, lab.states[first])
