@@ -19,7 +19,7 @@ from pullback.engine.push import PushedDisk, Writers
 from pullback.engine.rate import Rate
 from pullback.engine.reading import FrozenDisk
 from pullback.engine.survey import Offered, Survey, grids_like, read_segment, survey
-from pullback.errors import Damaged, RepositoryUnsupported
+from pullback.errors import BackupNotFound, Damaged, RepositoryUnsupported
 from pullback.model.facts import Disk, Facts
 from pullback.model.manifest import BaseRef, DiskEntry, Manifest, parse_manifest
 from pullback.model.units import MIB, SEGMENT
@@ -173,8 +173,8 @@ class Storing:
         try:
             if base.like not in self._likes:
                 self._likes[base.like] = StoredBackup(self._repository, self._repository.snapshot(base.like))
-        except Damaged:
-            return None
+        except (BackupNotFound, Damaged):
+            return None  # forgotten meanwhile, or broken: cut otherwise, the backup only takes more room
         return self._likes[base.like]
 
     def _begin(self, threads: int) -> BackupBuilder:
