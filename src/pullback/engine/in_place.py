@@ -50,6 +50,7 @@ from pullback.plan.in_place import (
     mark_disks,
     match_disks,
     most_written,
+    refuse_another,
     refuse_in_place,
     unmark_disks,
 )
@@ -193,6 +194,9 @@ class _InPlace:
         self.domain_name = domain.name_of(facts)
         refuse_in_place(facts)
         pairs = match_disks(facts, select_disks(facts).disks, self._entries)
+        # The name of images that were named by their paths says nothing.
+        name = self._request.domain.name or ("" if facts.daemon else facts.name)
+        refuse_another(name, self._manifest, pairs, self._mark)
         disks = [disk for disk, _ in pairs]
         refuse_export(facts, disks)
         return disks

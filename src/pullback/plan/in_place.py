@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pullback.errors import Refused, UsageError
-from pullback.model.chain import Chain, Edge, Unknown
+from pullback.model.chain import Chain, Edge, Unknown, read_chain
 from pullback.model.extents import Span
 from pullback.model.facts import Disk, Facts
-from pullback.model.manifest import DiskEntry
+from pullback.model.manifest import DiskEntry, Manifest
 from pullback.model.snapshots import UnfinishedMark, read_exports, read_snapshots, unfinished_marks
 from pullback.model.units import human_bytes
 from pullback.plan.command import Plan, transaction
@@ -49,6 +49,9 @@ class ByComparison:
 
 Way = ByChanges | ByComparison
 
+#: Disks of a domain, each with what the backup says of it.
+Pairs = Sequence[tuple[Disk, DiskEntry]]
+
 
 def choose_way(disk: Disk, entry: DiskEntry, chain: Chain) -> Way:
     """How to find out where a disk differs from a backup of it."""
@@ -67,6 +70,25 @@ def most_written(disk: Disk, way: Way) -> int:
     if isinstance(way, ByComparison):
         return disk.virtual_size
     return min(sum(edge.bitmap.count for edge in way.edges), disk.virtual_size)
+
+
+def refuse_another(name: str, manifest: Manifest, pairs: Pairs, mark: UnfinishedMark) -> None:
+    """UsageError for a backup of a domain that is not called ``name``, unless a disk knows that backup.
+
+    It knows it by the backup's checkpoint, or by the mark of a restore of it that was cut short.
+    """
+    if name in ("", manifest.domain):
+        return
+    for disk, entry in pairs:
+        way = choose_way(disk, entry, read_chain(disk.bitmaps))
+        if isinstance(way, ByChanges) or mark in unfinished_marks(disk.bitmaps):
+            return
+    raise UsageError(
+        f"the backup is of domain {manifest.domain}, and this is domain {name}, whose disks never were at it",
+        means="Nothing was written.",
+        todo="If they are to be overwritten with it all the same, stop the domain and name its images: --into"
+        " disk:TARGET=PATH,…",
+    )
 
 
 def match_disks(facts: Facts, disks: Sequence[Disk], entries: Sequence[DiskEntry]) -> list[tuple[Disk, DiskEntry]]:
