@@ -39,7 +39,8 @@ FROZEN_VIEW_EXACT = (8, 0, 0)
 
 _NODE = re.compile(re.escape(NODE_PREFIX) + r"([a-z][0-9a-f]{8})-([0-9]{1,9})-([a-z]+)")
 _ID = re.compile(
-    re.escape(ID_PREFIX) + r"([a-z][0-9a-f]{8})-([0-9]{1,9})(?:-(create|push|probe|saved|x([0-9a-f]*)((?:-c[0-9a-f]*)*)))?"
+    re.escape(ID_PREFIX)
+    + r"([a-z][0-9a-f]{8})-([0-9]{1,9})(?:-(create|push|probe|saved|x([0-9a-f]*)((?:-c[0-9a-f]*)*)))?"
 )
 
 _SNAPSHOT_MARK = "pullback-snapshot:"
