@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -176,3 +177,20 @@ def test_what_was_about_to_be_loaded_ahead_at_the_end_is_nobody_s(
     cache.fetch_ahead([(name(number), MIB) for number in (1, 2)])
     assert not source.loads
     assert asked(cache, 1).result(10) == b"\1" * MIB
+
+
+def test_what_no_thread_can_be_started_for_is_loaded_by_who_asks(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_of(source)
+    source.go.clear()
+    cache.fetch_ahead([(name(number), MIB) for number in (1, 2)])
+    wait_for(lambda: source.loads, "the first load")
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+        cache.fetch_ahead([(name(number), MIB) for number in (3, 4)])
+    answer = asked(cache, 3)
+    source.go.set()
+    assert answer.result(10) == b"\3" * MIB
+    cache.close()
+    assert sorted(source.loads) == [("one", 3), ("pack", 1), ("pack", 2)]

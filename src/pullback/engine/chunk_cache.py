@@ -99,8 +99,10 @@ class ChunkCache:
         claimed = self._claim(blobs)
         try:
             self._ahead.submit(self._load_ahead, claimed)
-        except RuntimeError:  # closed meanwhile
-            self._load_nothing(claimed)
+        except RuntimeError:  # closed meanwhile, or no thread can be started: then a busy one still gets the list
+            mine = claimed.copy()
+            claimed.clear()
+            self._load_nothing(mine)
         return True
 
     def _load_ahead(self, claimed: list[BlobId]) -> None:
