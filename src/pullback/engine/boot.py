@@ -8,13 +8,13 @@ thrown away    nothing is copied; the images, what the domain wrote with them, g
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pullback.engine.booted import BootedQemu, Start, accelerator, find_qemu, find_running, start_qemu
+from pullback.engine.cores import cores
 from pullback.engine.events import Booted, Emit, Event, Note, Serving, Streamed
 from pullback.engine.instant import find_backup
 from pullback.engine.overlays import Overlay, OverlayPlace
@@ -243,7 +243,7 @@ class Boot:
                 qmp,
                 serial,
                 run.accel,
-                min(os.cpu_count() or 1, 2),
+                min(cores(), 2),
                 self._request.console,
             )
             argv, serial = plan.arguments(what, given), plan.serial_socket(what, given)

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from pullback.engine.chunk_cache import ChunkCache
+from pullback.engine.cores import cores
 from pullback.engine.events import Emit, Note, ServedExport, Serving
 from pullback.engine.listening import check_address, dead_socket
 from pullback.engine.reader_lock import acquire_for_reading, release_after_reading
@@ -40,8 +41,8 @@ from pullback.repository.snapshots import Snapshot
 CACHE_SIZE = 64 * MIB
 
 #: Requests answered at a time: of those that wait for a store, and for one another's chunks, there have to be some.
-_WORKERS = 4 * (os.cpu_count() or 1)
-_AHEAD = max(4, os.cpu_count() or 1)
+_WORKERS = 4 * cores()
+_AHEAD = max(4, cores())
 #: Seconds between two looks at whether the repository's lock is still ours.
 _LOOK_EVERY = 5.0
 
