@@ -48,7 +48,7 @@ class Agent:
         try:
             line = await self._reader.readline()
             reply = json.loads(line.rpartition(b"\xff")[2]) if line else None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # what a domain says may be anything
             raise DomainUnreachable(f"the guest agent at {self.path} was lost during {name}: {error}") from error
         if not isinstance(reply, dict):
             raise DomainUnreachable(f"the guest agent at {self.path} went away during {name}")
@@ -56,10 +56,12 @@ class Agent:
 
     async def _command(self, name: str) -> int:
         await self._send(name)
-        reply = await self._reply(name)
-        if "error" in reply:
-            raise DomainError(f"the guest agent refused {name}: {reply['error'].get('desc', 'no reason given')}")
-        return int(reply.get("return", 0))
+        match await self._reply(name):
+            case {"return": int(count)}:
+                return count
+            case {"error": {"desc": str(reason)}}:
+                raise DomainError(f"the guest agent refused {name}: {reason}")
+        raise DomainError(f"what the guest agent at {self.path} answered to {name} makes no sense")
 
     async def synchronize(self) -> None:
         """Make sure that an agent answers, and that what it answers is meant for us (guest-sync-delimited)."""

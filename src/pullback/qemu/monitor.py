@@ -232,8 +232,7 @@ async def connect(line: Line, trace: Trace | None = None) -> Monitor:
     try:
         async with asyncio.timeout(GREETING_TIMEOUT):
             await client.connect(line.socket)
-    except TimeoutError as error:
-        await _abandon(client)
+    except TimeoutError as error:  # the client has disconnected, but may not have had the socket yet
         line.socket.close()
         raise _in_use(line.path) from error
     except ConnectError as error:
@@ -244,11 +243,3 @@ async def connect(line: Line, trace: Trace | None = None) -> Monitor:
     greeting = client.greeting
     assert greeting is not None
     return Monitor(client, line, greeting._asdict(), trace)
-
-
-async def _abandon(client: QMPClient) -> None:
-    try:
-        async with asyncio.timeout(1):
-            await client.disconnect()
-    except (QMPError, EOFError, OSError, TimeoutError):
-        return

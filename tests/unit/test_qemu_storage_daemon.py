@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A storage daemon that does not end when it is told to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pullback.errors import RestoreError
+from pullback.qemu import storage_daemon
+from pullback.qemu.storage_daemon import StorageDaemon
+
+STUBBORN = """#!/bin/sh
+trap '' TERM
+echo "still writing" >&2
+echo $$ >"$2"
+exec sleep 600
+"""
+
+
+def test_a_daemon_that_does_not_end_in_time_is_killed_and_its_images_are_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / storage_daemon.PROGRAM
+    program.write_text(STUBBORN)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(storage_daemon, "_STOP", 0.2)
+    daemon = StorageDaemon([], [], tmp_path)
+    with pytest.raises(RestoreError, match="storage-daemon ended with -9: still writing"), daemon:
+        pass
+    assert daemon._process is not None
+    assert not Path(f"/proc/{daemon._process.pid}").exists()
