@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,10 @@ from pullback.engine.damage import Damage
 from pullback.engine.events import silent
 from pullback.engine.verify import Verification, Verified, VerifyRequest
 from pullback.errors import Damaged, WrongPassword
-from pullback.repository.blob import BlobId, BlobKind, BlobLocation, blob_id
+from pullback.repository.blob import BlobId, BlobKind, BlobLocation, PackId, blob_id
+from pullback.repository.pack import Pack, PackBuilder
 from pullback.repository.repository import Repository
+from pullback.repository.store import FileKind
 from tests.support.backups import new_repository, open_repository, store_backup
 from tests.support.cli import MANIFEST
 from tests.support.product import Stage
@@ -288,6 +292,69 @@ def test_the_command(shelf: Shelf, tmp_path: Path) -> None:
     assert listed.code == 0
     assert shelf.ids[2][:8] in listed.out
     assert f"snapshots/{shelf.ids[1]}" in listed.err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ("header", "its header was changed"),
+        ("blob", "at 0: "),
+        ("index", "its header does not list what the index says of it"),
+    ],
+)
+def test_a_pack_that_was_wrong_before_it_had_its_name(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, wrong: str, reason: str
+) -> None:
+    """Made in bad memory, say: the SHA-256 of the file is its name, and only what is in it tells."""
+    finish = PackBuilder.finish
+
+    def in_bad_memory(self: PackBuilder) -> Pack | None:
+        pack = finish(self)
+        if pack is None or pack.blobs[0].kind is not BlobKind.DATA:
+            return pack
+        if wrong == "index":
+            first = pack.blobs[0]
+            return replace(pack, blobs=(first._replace(offset=1), *pack.blobs[1:]))
+        pack.content[-10 if wrong == "header" else 50] ^= 4
+        return replace(pack, id=PackId(hashlib.sha256(pack.content).digest()))
+
+    data = random.Random(7).randbytes(2 * CHUNK)
+    with monkeypatch.context() as patch:
+        patch.setattr(PackBuilder, "finish", in_bad_memory)
+        backup = store(open_repository(shelf.path), data, 3, "odd")
+    assert shelf.verify("odd@latest").sound, "without --data nothing is read"
+    done = shelf.verify("odd@latest", data=True)
+    (damage,) = done.damages
+    assert damage.file == f"data/{shelf.place(data[CHUNK:]).pack_id.hex()}"
+    assert reason in damage.reason
+    assert not done.wrong
+    # What lies where the index says, and opens there, is not lost with the header.
+    lost = set() if wrong == "header" else {(backup, "vda", ((0, CHUNK),), True)}
+    assert touched(damage) == lost
+
+
+def test_a_pack_that_goes_while_others_are_read(shelf: Shelf) -> None:
+    """It was listed, and is gone when its turn comes: damage as any other, not the end of verifying."""
+    place = shelf.place(shelf.other[:CHUNK])
+
+    def opened() -> Repository:
+        repository = open_repository(shelf.path)
+        listed = repository.store.list
+
+        def and_gone(kind: FileKind) -> Iterator[tuple[str, int]]:
+            yield from listed(kind)
+            if kind is FileKind.DATA:
+                shelf.pack(place).unlink()
+
+        repository.store.list = and_gone  # type: ignore[method-assign]
+        return repository
+
+    done = Verification(VerifyRequest((), None, True), opened, silent).run()
+    (damage,) = done.damages
+    assert damage.file == f"data/{place.pack_id.hex()}"
+    assert "is missing" in damage.reason
+    assert {one for one in touched(damage) if one[1]} == {(shelf.ids[2], "vda", ((0, 256 * KIB),), True)}
+    assert done.backups == 3
 
 
 def test_lost_chunks_come_back_as_documented(shelf: Shelf) -> None:
