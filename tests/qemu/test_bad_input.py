@@ -235,7 +235,6 @@ def test_backups_that_are_not_there(lab_dir: Path) -> None:
         ("zzzz", "There is no backup 'zzzz'"),
         (first, "names"),
         ("nobody@latest", "no backup of a domain 'nobody'"),
-        ("", "There is no backup"),
         ("web@", "There is no backup"),
     ):
         done = stage.cli("restore", spec, "--to", to, env=env)

@@ -110,8 +110,5 @@ class StorageDaemon:
             self._watcher.release()
 
     def _said(self) -> str:
-        return (
-            self._log.read_text(errors="replace").strip().splitlines()[-1:][0]
-            if self._log.stat().st_size
-            else "no word"
-        )
+        lines = self._log.read_text(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "no word")
