@@ -18,9 +18,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.hazmat.primitives.poly1305 import Poly1305
 
 from pullback.repository.store import Bytes
@@ -129,11 +128,13 @@ class ScryptCost:
             raise KeyFileInvalid("its scrypt numbers are impossible")
         if 128 * self.n * self.r > MAX_SCRYPT_MEMORY or self.n * self.r * self.p > MAX_SCRYPT_WORK:
             raise KeyFileInvalid("its scrypt numbers ask for more than 1 GiB of memory or minutes of work")
+        # Here: on the thread that waits for it anyway.
+        from nacl.bindings import crypto_pwhash_scryptsalsa208sha256_ll as scrypt
+
+        secret = password.encode(errors="surrogateescape")
         try:
-            derived = Scrypt(salt=salt, length=64, n=self.n, r=self.r, p=self.p).derive(
-                password.encode(errors="surrogateescape")
-            )
-        except (ValueError, MemoryError, UnsupportedAlgorithm) as error:
+            derived = scrypt(secret, salt, self.n, self.r, self.p, dklen=64, maxmem=2 * MAX_SCRYPT_MEMORY)
+        except (ValueError, MemoryError, RuntimeError) as error:
             raise KeyFileInvalid(f"scrypt refused its numbers ({type(error).__name__})") from None
         return Key(derived[:32], derived[32:48], derived[48:])
 
