@@ -12,7 +12,7 @@ import pytest
 
 from lab.qemu import BareQemu, qemu_version
 from pullback.engine.events import DiskPlanned, Event, Frozen
-from pullback.nbd.blocking import NbdConnection
+from pullback.nbd.client_codec import ClientCodec
 from pullback.qemu.monitor import Monitor
 from tests.support.dying import changes_something
 from tests.support.product import KIB, MIB, Stage, chain, leftovers, reference, references, same
@@ -264,13 +264,13 @@ def test_no_read_crosses_a_saved_unit_on_an_old_qemu(
 ) -> None:
     """QEMU before 8.0 answers a read that begins in saved data and ends beyond it with new data."""
     asked: list[tuple[int, int]] = []
-    submit = NbdConnection.submit_read
+    ask = ClientCodec.read
 
-    def recorded(self: NbdConnection, offset: int, buffer: memoryview) -> int:
+    def recorded(self: ClientCodec, offset: int, buffer: memoryview) -> tuple[int, bytes]:
         asked.append((offset, len(buffer)))
-        return submit(self, offset, buffer)
+        return ask(self, offset, buffer)
 
-    monkeypatch.setattr(NbdConnection, "submit_read", recorded)
+    monkeypatch.setattr(ClientCodec, "read", recorded)
     stage = Stage(lab_dir)
     qemu = bare_qemu([stage.disk("vda", ODD)])
     qemu.device_write("vda", 0, 3 * MIB, 0xB1)

@@ -19,7 +19,7 @@ from pullback.engine.events import Event, Frozen
 from pullback.engine.prove import Proving
 from pullback.engine.pull import Pull
 from pullback.errors import CommandFailed, Damaged, ProofFailed
-from pullback.nbd.blocking import NbdConnection
+from pullback.nbd.client_codec import ClientCodec
 from pullback.plan import prove as plan_prove
 from pullback.plan.method import SAVED_UNIT
 from pullback.plan.prove import Proved
@@ -319,15 +319,15 @@ def test_no_request_of_a_proof_crosses_a_saved_unit_on_an_old_qemu(
     qemu = bare_qemu([stage.disk("vda", ODD)], running=True)
     qemu.device_write("vda", 0, 2 * MIB, 1)
     seen: list[tuple[int, int]] = []
-    submit, run = NbdConnection.submit_read, Proving.run
+    ask, run = ClientCodec.read, Proving.run
 
-    def record(self: NbdConnection, offset: int, buffer: memoryview) -> int:
+    def record(self: ClientCodec, offset: int, buffer: memoryview) -> tuple[int, bytes]:
         seen.append((offset, len(buffer)))
-        return submit(self, offset, buffer)
+        return ask(self, offset, buffer)
 
     def recorded(self: Proving, threads: int) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(NbdConnection, "submit_read", record)
+            patched.setattr(ClientCodec, "read", record)
             run(self, threads)
 
     monkeypatch.setattr(Proving, "run", recorded)

@@ -36,7 +36,7 @@ from tests.support.survival import Fault, survives
 
 #: Where data moves: a method, and how many of its calls a small backup makes.
 _CALLS = [
-    (NbdConnection, "submit_read", 8),
+    (NbdConnection, "submit_reads", 8),
     (NbdConnection, "submit_write", 8),
     (Pull, "finish_segment", 2),
     (LocalStore, "save", 4),

@@ -355,3 +355,24 @@ def test_tls_that_has_to_write_before_it_can_read_waits_until_it_can_write() -> 
         ours.shutdown(socket.SHUT_WR)
         reader.join(10)
     assert bytes(buffer[:4]) == b"data"
+
+
+def test_several_reads_are_asked_for_at_once(tmp_path: Path) -> None:
+    def script(sock: socket.socket) -> None:
+        take(sock, 2 * 28)
+        sock.sendall(data_reply(2, 4096, b"b" * 4096) + data_reply(1, 0, b"a" * 4096))
+        take(sock, 28)
+        sock.sendall(data_reply(3, 0, b"c" * 4096))
+        until_closed(sock)
+
+    buffers = [bytearray(4096) for _ in range(3)]
+    views = [memoryview(buffer) for buffer in buffers]
+    with server(tmp_path, script) as address, NbdConnection.connect(address, "x", timeout=10) as connection:
+        assert connection.submit_reads([(0, views[0]), (4096, views[1])]) == [1, 2]
+        assert [connection.wait(), connection.wait()] == [2, 1]
+        assert connection.submit_reads([]) == []
+        # What came before the refused one was asked for, and its answer is not taken for another's.
+        with pytest.raises(NbdRefused):
+            connection.submit_reads([(0, views[2]), (1 << 60, views[0])])
+        assert (connection.pending, connection.wait()) == (1, 3)
+    assert buffers == [b"a" * 4096, b"b" * 4096, b"c" * 4096]

@@ -63,6 +63,11 @@ class Rate:
         self._clock = clock
         self._bucket = Bucket(per_second, clock()) if per_second else None
 
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit."""
+        return self._bucket is not None
+
     def piece(self, most: int) -> int:
         """Bytes to ask for at once, at most ``most``, a power of two."""
         return piece_size(self._bucket.per_second, most) if self._bucket else most

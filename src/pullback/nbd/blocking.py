@@ -81,6 +81,20 @@ class NbdConnection:
         """Ask for ``len(buffer)`` bytes (at most ``info.max_payload``); they are there when ``wait`` says so."""
         return self._submit(self._codec.read(offset, buffer))
 
+    def submit_reads(self, reads: Sequence[tuple[int, memoryview]]) -> list[int]:
+        """Ask for several at once, ``(offset, buffer)`` each: as ``submit_read``, with one system call for all.
+
+        After NbdRefused those before the refused one may be under way.
+        """
+        asked: list[tuple[int, bytes]] = []
+        try:
+            for offset, buffer in reads:
+                asked.append(self._codec.read(offset, buffer))
+        finally:
+            if asked:
+                self._send(b"".join(header for _, header in asked))
+        return [cookie for cookie, _ in asked]
+
     def submit_write(self, offset: int, data: Buffer) -> int:
         """Send a write of at most ``info.max_payload`` bytes; ``data`` may be reused on return."""
         view = memoryview(data).cast("B")
@@ -227,8 +241,12 @@ class NbdConnection:
             raise NbdDisconnected(f"The connection to export {self._where} was closed")
 
     def _submit(self, request: tuple[int, bytes], payload: memoryview | None = None) -> int:
-        self._check_open()
         cookie, header = request
+        self._send(header, payload)
+        return cookie
+
+    def _send(self, header: bytes, payload: memoryview | None = None) -> None:
+        self._check_open()
         self._sending = True  # and it stays so if an interrupt gets us in the middle
         views = [memoryview(header)] if payload is None else [memoryview(header), payload]
         try:
@@ -240,7 +258,6 @@ class NbdConnection:
         except (OSError, NbdProtocolError) as error:
             raise self._fail(error) from error
         self._sending = False
-        return cookie
 
     def _make_room(self) -> None:
         """Take in replies that keep the server from reading; wait only when there are none."""

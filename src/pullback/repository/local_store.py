@@ -19,9 +19,8 @@ from typing import NoReturn
 
 from pullback.errors import Damaged, RepositoryError, UsageError
 from pullback.repository.documents import DAMAGE_MEANS, DAMAGE_TODO
+from pullback.repository.file_writing import write_all
 from pullback.repository.store import ID_NAME, Bytes, FileKind, buffers, describe, relative_path
-
-_MAX_PIECES = 512  # below IOV_MAX (1024)
 
 _ADVICE = {
     errno.ENOSPC: ("there is no space left", "Make room there, or forget and prune old backups, and run it again."),
@@ -96,7 +95,7 @@ class LocalStore:
                 handle = _create(temporary)
             try:
                 try:
-                    _write_all(handle, buffers(data))
+                    write_all(handle, buffers(data))
                     os.fchmod(handle, file_mode)
                     os.fsync(handle)
                 finally:
@@ -179,16 +178,6 @@ def _lost(what: str) -> Damaged:
 
 def _create(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-
-
-def _write_all(handle: int, pieces: list[memoryview]) -> None:
-    pieces = [piece for piece in pieces if piece.nbytes]
-    while pieces:
-        written = os.writev(handle, pieces[:_MAX_PIECES])
-        while pieces and written >= pieces[0].nbytes:
-            written -= pieces.pop(0).nbytes
-        if written:
-            pieces[0] = pieces[0][written:]
 
 
 def _read_exactly(handle: int, offset: int, length: int, name: str) -> bytes:

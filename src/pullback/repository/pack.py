@@ -12,6 +12,7 @@ A pack holds blobs of one kind only: prune and caches treat tree packs different
 from __future__ import annotations
 
 import hashlib
+import mmap
 import struct
 from collections.abc import Iterable, Iterator, MutableSequence
 from dataclasses import dataclass
@@ -81,7 +82,8 @@ class PackBuilder:
     def __init__(self, key: Key, kind: BlobKind) -> None:
         self._key = key
         self._kind = kind
-        self._buffer = bytearray(PACK_SIZE + (1 << 20))
+        # Whole pages: such memory can be written past the page cache.
+        self._buffer = mmap.mmap(-1, PACK_SIZE + (1 << 20), mmap.MAP_PRIVATE)
         self._handed_out: memoryview | None = None
         self._used = 0
         self._hash = hashlib.sha256()
@@ -108,9 +110,10 @@ class PackBuilder:
         return length
 
     def _make_room(self, more: int) -> None:
-        missing = self._used + more - len(self._buffer)
-        if missing > 0:
-            self._buffer.extend(bytes(missing))
+        if self._used + more > len(self._buffer):
+            larger = mmap.mmap(-1, self._used + more, mmap.MAP_PRIVATE)
+            larger[: self._used] = self._buffer[: self._used]
+            self._buffer = larger
 
     def finish(self) -> Pack | None:
         """Close the pack, None if it is empty; the builder starts an empty one in the same buffer."""
