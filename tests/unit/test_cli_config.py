@@ -9,7 +9,6 @@ import stat
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,10 +17,12 @@ from pullback.cli.config import Config, DomainOptions, find_domain, load_config
 from pullback.cli.options import repository_options
 from pullback.cli.passwords import CacheOptions, RepositoryOptions, read_password, repository_opener
 from pullback.errors import RepositoryMissing, UsageError
-from pullback.repository.crypto import ScryptCost
+from pullback.repository import keys
+from pullback.repository.crypto import Key, ScryptCost
 from pullback.repository.local_store import LocalStore
 from pullback.repository.location import is_local
 from pullback.repository.repository import Repository
+from pullback.repository.store import Store
 from tests.support.cli import Terminal
 from tests.support.product import Stage
 from tests.support.restic import PASSWORD, Restic, needs_restic
@@ -169,20 +170,22 @@ def test_while_a_repository_is_open_sighup_ends_nothing(tmp_path: Path) -> None:
 def test_a_password_is_tried_before_anybody_waits_for_it_and_again_only_for_a_second_call(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    stage, opened, tried = Stage(tmp_path), Repository.open, threading.Event()
-    calls: list[Repository] = []
+    stage, find, tried = Stage(tmp_path), keys.find_key, threading.Event()
+    times = 0
 
-    def watched(*given: Any, **more: Any) -> Repository:
-        calls.append(opened(*given, **more))
+    def watched(store: Store, password: str) -> Key:
+        nonlocal times
+        times += 1
         tried.set()
-        return calls[-1]
+        return find(store, password)
 
-    monkeypatch.setattr(Repository, "open", watched)
+    monkeypatch.setattr(keys, "find_key", watched)
+    monkeypatch.setattr("pullback.repository.repository.find_key", watched)
     opener = repository_opener(RepositoryOptions(str(stage.repo), password=PASSWORD), CacheOptions(none=True))
     assert tried.wait(30)
     first = opener()
-    assert calls == [first]
-    assert opener() is not first and len(calls) == 2
+    assert times == 1
+    assert opener() is not first and times == 2
 
 
 def test_what_is_wrong_with_a_repository_is_told_by_the_call_not_before(tmp_path: Path) -> None:

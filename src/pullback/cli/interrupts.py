@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -24,10 +23,14 @@ def run_interruptible(work: Coroutine[Any, Any, T], stop: Callable[[], None] | N
 
     A second signal changes nothing: taking back is short, and bounded by the deadlines of what it talks to.
     """
+    import asyncio
+
     return asyncio.run(_run(work, stop))
 
 
 async def _run(work: Coroutine[Any, Any, T], stop: Callable[[], None] | None) -> T:
+    import asyncio
+
     loop = asyncio.get_running_loop()
     interruption.begin()
     task = asyncio.ensure_future(work)

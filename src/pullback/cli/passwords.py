@@ -18,6 +18,7 @@ from pullback.errors import UsageError
 
 if TYPE_CHECKING:
     from pullback.engine.restic import RepositoryAccess
+    from pullback.repository.crypto import Key
     from pullback.repository.repository import Repository
 
 
@@ -103,9 +104,16 @@ def repository_access(options: RepositoryOptions) -> RepositoryAccess:
 
     To be called in the main thread: from here on this process may hold a lock of the repository.
     """
+    return _access(*_settled(options))
+
+
+def _settled(options: RepositoryOptions) -> tuple[str, str]:
     if not options.location:
         raise UsageError("no repository was named", todo="Use --repo, or set RESTIC_REPOSITORY.")
-    location, password = options.location, read_password(options)
+    return options.location, read_password(options)
+
+
+def _access(location: str, password: str) -> RepositoryAccess:
     from pullback.engine.restic import RepositoryAccess
     from pullback.repository.locks import survive_restic_probe
 
@@ -131,22 +139,29 @@ class CacheOptions:
 
 
 def repository_opener(options: RepositoryOptions, cache: CacheOptions | None = None) -> Callable[[], Repository]:
-    """A function that opens the repository; as repository_access.  What it does may have begun before it is called."""
-    access, caching = repository_access(options), cache or CacheOptions()
+    """A function that opens the repository; as repository_access.  The password may be tried before it is called."""
+    location, password = _settled(options)
+    caching = cache or CacheOptions()
     from pullback.repository.location import is_local
 
+    ahead = [_tried(location, password)] if is_local(location) else []
+    access = _access(location, password)
+
     def opener() -> Repository:
-        return access.open(caching.path(), caching.warn)
+        return access.open(caching.path(), caching.warn, ahead.pop() if ahead else None)
 
-    return _begun(opener) if is_local(access.location) else opener
+    return opener
 
 
-def _begun(opener: Callable[[], Repository]) -> Callable[[], Repository]:
-    """The same function, at work for its first call already: a password takes longer than importing what comes next.
+def _tried(location: str, password: str) -> Callable[[], Key]:
+    """A function that waits for the key; what the password costs takes longer than importing all that comes next.
 
     Not for a store that may be away: whoever presses Ctrl-C must not wait for it (repository.interruption).
     """
-    pool = ThreadPoolExecutor(1, thread_name_prefix="pullback-open")
-    begun = [pool.submit(opener)]
+    from pullback.repository.keys import find_key
+    from pullback.repository.location import open_store
+
+    pool = ThreadPoolExecutor(1, thread_name_prefix="pullback-key")
+    found = pool.submit(find_key, open_store(location), password)
     pool.shutdown(wait=False)
-    return lambda: begun.pop().result() if begun else opener()
+    return found.result

@@ -99,6 +99,8 @@ async def run_backup(
     opening = asyncio.ensure_future(asyncio.to_thread(open_repository))
     try:
         async with open_domain(request.domain, trace=trace) as domain:
+            # What QEMU can do is asked while the password is tried: that takes longer.
+            await domain.facts()
             repository = await opening
             async with _locked(repository, request, emit):
                 return await _backup(domain, repository, request, open_repository, emit, begin)

@@ -30,6 +30,7 @@ from pullback.errors import (
     UsageError,
     WrongPassword,
 )
+from pullback.repository.crypto import Key
 from pullback.repository.location import open_store
 from pullback.repository.repository import Repository
 
@@ -67,9 +68,14 @@ class RepositoryAccess:
     location: str
     password: str = field(repr=False)
 
-    def open(self, cache: Path | None = None, warn: Callable[[str], None] | None = None) -> Repository:
+    def open(
+        self,
+        cache: Path | None = None,
+        warn: Callable[[str], None] | None = None,
+        key: Callable[[], Key] | None = None,
+    ) -> Repository:
         """Open it; as Repository.open."""
-        return Repository.open(open_store(self.location), self.password, cache=cache, warn=warn)
+        return Repository.open(open_store(self.location), self.password, cache=cache, warn=warn, key=key)
 
 
 def restic_program() -> str:

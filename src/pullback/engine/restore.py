@@ -31,7 +31,7 @@ from pullback.nbd.address import UnixAddress
 from pullback.plan.restore import choose_disks
 from pullback.plan.target import NOTHING_WRITTEN, Act
 from pullback.qemu.monitor import Peer
-from pullback.qemu.storage_daemon import StorageDaemon
+from pullback.qemu.storage_daemon import StorageDaemon, file_node
 from pullback.repository.layout import StoredBackup
 from pullback.repository.locks import RepositoryLock
 from pullback.repository.repository import Repository
@@ -244,7 +244,7 @@ class Restore:
         exports: list[dict[str, object]] = []
         for number, target in enumerate(targets):
             node = f"disk{number}"
-            file = {"driver": "file", "filename": str(target.place.absolute())}
+            file = file_node(target.place.absolute(), target.state.format)
             blockdevs.append(
                 {"driver": target.state.format, "node-name": node, "read-only": not writable, "file": file}
             )

@@ -20,6 +20,7 @@ from typing import Any
 
 from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClient, QMPError
 from qemu.qmp.protocol import StateError
+from qemu.qmp.qmp_client import NegotiationError
 
 from pullback.errors import CommandFailed, DomainBusy, DomainUnreachable
 from pullback.qemu.replies import Reply, replies
@@ -228,6 +229,23 @@ async def connect(line: Line, trace: Trace | None = None) -> Monitor:
 
     DomainUnreachable when the other end is no QMP server; DomainBusy when another client holds the monitor.
     """
+    try:
+        client = await _greeted(line)
+    except ConnectError as error:
+        if not isinstance(error.exc, NegotiationError):
+            raise _no_qmp(line.path) from error
+        # Greeted, and then what came was no reply: seen once in some ten thousand connections, with 7.2.
+        try:
+            client = await _greeted(line := dial(line.path))
+        except ConnectError as again:
+            raise _no_qmp(line.path) from again
+    greeting = client.greeting
+    assert greeting is not None
+    return Monitor(client, line, greeting._asdict(), trace)
+
+
+async def _greeted(line: Line) -> _Client:
+    """A client that may ask; else the line is closed."""
     client = _Client("pullback")
     try:
         async with asyncio.timeout(GREETING_TIMEOUT):
@@ -235,11 +253,13 @@ async def connect(line: Line, trace: Trace | None = None) -> Monitor:
     except TimeoutError as error:  # the client has disconnected, but may not have had the socket yet
         line.socket.close()
         raise _in_use(line.path) from error
-    except ConnectError as error:
+    except ConnectError:
         line.socket.close()
-        raise DomainUnreachable(
-            f"{line.path} is not a QMP socket", todo="Give the path that follows -qmp unix: on QEMU's command line."
-        ) from error
-    greeting = client.greeting
-    assert greeting is not None
-    return Monitor(client, line, greeting._asdict(), trace)
+        raise
+    return client
+
+
+def _no_qmp(path: str) -> DomainUnreachable:
+    return DomainUnreachable(
+        f"{path} is not a QMP socket", todo="Give the path that follows -qmp unix: on QEMU's command line."
+    )

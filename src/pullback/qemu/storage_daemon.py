@@ -7,6 +7,7 @@ If we die, it must not go on holding images: a watcher, a line of shell that wai
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,9 @@ from pullback.errors import RestoreError, UsageError
 
 PROGRAM = "qemu-storage-daemon"
 
+#: What file systems want direct requests to be aligned to, at most.
+_MOST_ALIGNED = 4096
+
 #: Seconds to come up, and to write out what is left at the end.
 _START, _STOP = 30.0, 300.0
 
@@ -31,6 +35,22 @@ def qemu_program(name: str) -> str:
     raise UsageError(
         f"{name} is not installed", todo="On Debian it comes with qemu-system-common (storage daemon) and qemu-utils."
     )
+
+
+def file_node(path: Path, image_format: str) -> dict[str, object]:
+    """QEMU's options for an image that is read or written whole: past the page cache, if its file system can.
+
+    What is restored does not drive what the host's domains need out of its memory, and what is read again comes from
+    the disk.  It takes half the time, too: for fresh pages copying costs more than the disk does.
+    """
+    node: dict[str, object] = {"driver": "file", "filename": str(path)}
+    if image_format == "raw" and path.stat().st_size % _MOST_ALIGNED:
+        return node  # QEMU refuses one that it would have to make larger
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError:
+        return node
+    return node | {"cache": {"direct": True}}
 
 
 class Watcher:

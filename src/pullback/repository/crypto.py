@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.poly1305 import Poly1305
+from nacl.bindings import crypto_pwhash_scryptsalsa208sha256_ll as scrypt
 
 from pullback.repository.store import Bytes
 
@@ -128,9 +129,6 @@ class ScryptCost:
             raise KeyFileInvalid("its scrypt numbers are impossible")
         if 128 * self.n * self.r > MAX_SCRYPT_MEMORY or self.n * self.r * self.p > MAX_SCRYPT_WORK:
             raise KeyFileInvalid("its scrypt numbers ask for more than 1 GiB of memory or minutes of work")
-        # Here: on the thread that waits for it anyway.
-        from nacl.bindings import crypto_pwhash_scryptsalsa208sha256_ll as scrypt
-
         secret = password.encode(errors="surrogateescape")
         try:
             derived = scrypt(secret, salt, self.n, self.r, self.p, dklen=64, maxmem=2 * MAX_SCRYPT_MEMORY)

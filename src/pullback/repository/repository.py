@@ -12,7 +12,6 @@ Every method may be called from any thread.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 import threading
@@ -27,16 +26,16 @@ from pullback.errors import (
     RepositoryMissing,
     RepositoryUnsupported,
     UsageError,
-    WrongPassword,
 )
 from pullback.repository.blob import BlobId, BlobKind, BlobLocation, PackId
 from pullback.repository.cache_folder import CacheFolder
 from pullback.repository.cached_store import CachedStore
-from pullback.repository.crypto import Key, KeyFileInvalid, ScryptCost, SealBroken, make_key_file, open_key_file
+from pullback.repository.crypto import Key, ScryptCost, make_key_file
 from pullback.repository.documents import damaged, load_document, save_document
 from pullback.repository.index import Index, encode_index
 from pullback.repository.index_cache import IndexCache
 from pullback.repository.index_loader import IndexLoader
+from pullback.repository.keys import find_key
 from pullback.repository.loader import BlobLoader
 from pullback.repository.local_store import LocalStore
 from pullback.repository.locks import RepositoryLock, current_account
@@ -117,8 +116,9 @@ class Repository:
         *,
         cache: Path | None = None,
         warn: Callable[[str], None] | None = None,
+        key: Callable[[], Key] | None = None,
     ) -> Repository:
-        """Open a repository with any of its passwords.
+        """Open a repository with any of its passwords, or with the ``key`` that one of them stands for.
 
         `cache` is a directory for copies of what opening would read again each time, None to do without; when it
         cannot be used, `warn` gets a sentence, once, and all works without it.
@@ -131,9 +131,9 @@ class Repository:
                 f"There is no repository at {store.location}",
                 todo="Check the location, or make one there with pullback init.",
             )
-        key = _find_key(store, password)
-        repository_id, version = _read_config(store, key)
-        return cls(store, key, repository_id, version, CacheFolder(cache, repository_id, warn) if cache else None)
+        found = key() if key is not None else find_key(store, password)
+        repository_id, version = _read_config(store, found)
+        return cls(store, found, repository_id, version, CacheFolder(cache, repository_id, warn) if cache else None)
 
     def check_writable(self) -> None:
         """Raise RepositoryUnsupported for a version that is only read."""
@@ -336,26 +336,6 @@ def _keys_of_a_killed_init(store: Store) -> list[str]:
             todo="Use it with its password, or choose another place.",
         )
     return [name for name, _ in store.list(FileKind.KEYS)]
-
-
-def _find_key(store: Store, password: str) -> Key:
-    broken: Damaged | None = None
-    for name, _ in store.list(FileKind.KEYS):
-        content = store.load(FileKind.KEYS, name)
-        try:
-            if hashlib.sha256(content).hexdigest() != name:
-                raise KeyFileInvalid("its SHA-256 is not its name")
-            return open_key_file(content, password)
-        except SealBroken:
-            continue
-        except KeyFileInvalid as error:
-            broken = damaged(FileKind.KEYS, name, str(error))
-    if broken is not None:
-        raise broken
-    raise WrongPassword(
-        f"No key of the repository {store.location} opens with this password",
-        todo="Check RESTIC_PASSWORD, RESTIC_PASSWORD_FILE or RESTIC_PASSWORD_COMMAND.",
-    )
 
 
 def _read_config(store: Store, key: Key) -> tuple[str, int]:
