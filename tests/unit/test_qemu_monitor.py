@@ -77,8 +77,8 @@ async def greeting(path: str, answers: list[dict[str, Any]]) -> AsyncIterator[No
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(json.dumps(GREETING).encode() + b"\n")
-        heard = json.loads(await reader.readline())
-        writer.write(json.dumps(answers.pop(0) | {"id": heard["id"]}).encode() + b"\n")
+        await reader.readline()
+        writer.write(json.dumps(answers.pop(0)).encode() + b"\n")
         await reader.read()
         writer.close()
 
