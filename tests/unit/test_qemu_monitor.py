@@ -77,7 +77,7 @@ async def greeting(path: str, answers: list[dict[str, Any]]) -> AsyncIterator[No
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(json.dumps(GREETING).encode() + b"\n")
-        await reader.readline()
+        await reader.read(4096)
         writer.write(json.dumps(answers.pop(0)).encode() + b"\n")
         await reader.read()
         writer.close()

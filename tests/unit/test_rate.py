@@ -121,7 +121,7 @@ def test_what_a_thread_holds_is_documented() -> None:
     text = (Path(__file__).parents[2] / "docs/performance.md").read_text(encoding="utf-8")
     assert holds == 36 * MIB
     assert f"{holds // MIB} MiB |" in text
-    assert f"{2 * holds // MIB + 80} MiB with two threads" in text
+    assert f"{3 * holds // MIB + 80} MiB with three threads" in text
 
 
 def test_cores_are_those_that_we_may_use() -> None:

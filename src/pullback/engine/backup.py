@@ -18,16 +18,14 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pullback.engine.domain import Domain, DomainAddress, open_domain
 from pullback.engine.events import DiskPlanned, Emit, Frozen, Note
 from pullback.engine.exporting import ExportRequest
 from pullback.engine.freezing import Freeze, Snapshot, SnapshotRequest
-from pullback.engine.pushing import push_disks
 from pullback.engine.rate import Rate
 from pullback.engine.session import Tell, uncancelled
-from pullback.engine.storing import Prepared, Storing, stored_points
 from pullback.engine.workdir import DEFAULT_BASE, work_directory
 from pullback.errors import DomainBusy, DomainError, DomainUnreachable, NbdDisconnected, ProofFailed
 from pullback.model.chain import read_chain
@@ -45,6 +43,10 @@ from pullback.plan.selection import select_disks
 from pullback.qemu.monitor import Trace
 from pullback.repository.layout import check_disk_name, check_name
 from pullback.repository.repository import Repository
+
+# What stores is imported when QEMU has answered, while the password is tried.
+if TYPE_CHECKING:
+    from pullback.engine.storing import Prepared, Storing
 
 _PROGRESS_EVERY = 0.2
 
@@ -99,8 +101,10 @@ async def run_backup(
     opening = asyncio.ensure_future(asyncio.to_thread(open_repository))
     try:
         async with open_domain(request.domain, trace=trace) as domain:
-            # What QEMU can do is asked while the password is tried: that takes longer.
+            # What takes longer is that a password is tried meanwhile.
             await domain.facts()
+            from pullback.engine import pushing, storing  # noqa: F401
+
             repository = await opening
             async with _locked(repository, request, emit):
                 return await _backup(domain, repository, request, open_repository, emit, begin)
@@ -169,6 +173,8 @@ async def _backup(
         emit(Note(f"Cleared what a client that died had left: {cleared}."))
     prepared = await _prepare(domain, repository, request, emit)
     _tell(prepared, emit)
+    from pullback.engine.storing import Storing
+
     storing = Storing(repository, prepared, request.threads, emit, reopen, Rate(request.limit_rate))
     try:
         try:
@@ -254,6 +260,8 @@ async def _was_it_qemu(domain: Domain, error: NbdDisconnected) -> None:
 
 
 async def _prepare(domain: Domain, repository: Repository, request: BackupRequest, emit: Emit) -> Prepared:
+    from pullback.engine.storing import Prepared, stored_points
+
     facts = await domain.facts()
     name = check_name(domain.name_of(facts), "domain")
     selection = select_disks(facts, request.disks)
@@ -320,6 +328,8 @@ async def _transfer(domain: Domain, prepared: Prepared, snapshot: Snapshot, stor
                 if prepared.prove:
                     await _watched(storing, asyncio.to_thread(storing.prove), emit)
                 return
+        from pullback.engine.pushing import push_disks
+
         await _watched(storing, push_disks(domain, prepared, snapshot, storing, socket), emit)
 
 

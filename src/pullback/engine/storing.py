@@ -109,7 +109,8 @@ class Storing:
         self._repository = repository
         self._emit = emit
         self._prepared = prepared
-        self._threads = threads or cores()
+        # One more than cores: while one waits for the store to have a pack, the others go on.
+        self._threads = threads or cores() + 1
         self._writers: list[PackWriter] = []
         self._counts: Mapping[str, DiskCount] = {}
         self._stored = {
