@@ -4,7 +4,7 @@
 help:
 	@echo 'make setup   install what is missing, make .venv (Debian 12 or newer, root or sudo)'
 	@echo 'make demo    a real VM: full and incremental backup, a disaster, a restore'
-	@echo 'make test    all tests, on two cores'
+	@echo 'make test    all tests, three at a time'
 	@echo 'make test-fault'
 	@echo '             the faults alone: everything is killed, cut, filled up or lied to; a table at the end'
 	@echo 'make test-new-qemu'
@@ -26,12 +26,12 @@ demo: setup
 setup-tests:
 	@scripts/setup --tests
 
-# An idle worker takes tests from the other one: guests, the slow tests, boot on both cores at once.
+# Three on two cores: tests wait for guests and servers more than they compute. An idle worker takes from the others.
 test: setup-tests
-	@.venv/bin/python -m pytest -n 2 --dist worksteal --color=no $(ARGS)
+	@.venv/bin/python -m pytest -n 3 --dist worksteal --color=no $(ARGS)
 
 test-fault: setup-tests
-	@.venv/bin/python -m pytest -n 2 --dist worksteal --color=no tests/fault $(ARGS)
+	@.venv/bin/python -m pytest -n 3 --dist worksteal --color=no tests/fault $(ARGS)
 
 # mutmut stays out of .venv: no test needs it.
 mutants: setup
@@ -41,7 +41,7 @@ mutants: setup
 
 test-new-qemu: setup-tests
 	@bin=$$(scripts/newer-qemu) && PATH="$$bin:$$PATH" \
-		.venv/bin/python -m pytest -n 2 --dist worksteal --color=no $(ARGS)
+		.venv/bin/python -m pytest -n 3 --dist worksteal --color=no $(ARGS)
 
 soak: setup-tests
 	@PULLBACK_TEST_SECONDS=$(or $(SECONDS),600) PULLBACK_TEST_SEED=$(SEED) \

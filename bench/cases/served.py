@@ -18,7 +18,7 @@ from bench.harness import Bench, Case, Peer, Race, Run
 from tests.support.product import Stage
 
 MIB = 1 << 20
-SEQUENTIAL, RANDOM, BOOT = 4.0, 20.0, 2.5
+SEQUENTIAL, RANDOM, BOOT = 8.0, 20.0, 2.5
 
 
 @contextmanager

@@ -198,7 +198,8 @@ class Session(asyncio.BufferedProtocol):
             head = codec.reply_error(client, p.to_nbd_errno(error.errno), error.strerror or str(error))
         except PullbackError as error:
             head = codec.reply_error(client, p.NbdErrno.EIO, error.what)
-        await self._room.wait()
+        while not self._room.is_set():  # again: all who waited wake up, and the first of them may use up the room
+            await self._room.wait()
         if not self._transport.is_closing():
             self._transport.write(head)
             if len(payload):
