@@ -11,7 +11,7 @@ import json
 import sys
 import time
 
-from pullback.model.extents import dirty_spans
+from pullback.model.extents import FLAG_DIRTY, merged
 from pullback.model.units import SEGMENT
 from pullback.nbd.address import UnixAddress
 from pullback.nbd.blocking import NbdConnection
@@ -26,7 +26,7 @@ def main() -> None:
     begin = time.perf_counter()
     with NbdConnection.connect(UnixAddress(sys.argv[1]), "disk", contexts=[context]) as connection:
         size = connection.info.size
-        dirty = dirty_spans(connection.extents(context, 0, size))
+        dirty = merged(connection.marked(context, 0, size, FLAG_DIRTY))
     fetched = time.perf_counter()
     base = {number: cold_grid(SEGMENT) for number in range(size // SEGMENT)}
     grids = next_grids(dirty, base)

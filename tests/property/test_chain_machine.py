@@ -27,7 +27,7 @@ from lab.disks import DiskSpec
 from lab.processes import run
 from lab.qemu import BareQemu
 from pullback.model.chain import Chain, read_chain
-from pullback.model.extents import dirty_spans
+from pullback.model.extents import FLAG_DIRTY, merged
 from pullback.nbd.address import UnixAddress
 from pullback.nbd.blocking import NbdConnection
 from pullback.plan.checkpoint import NodeChain, remove_checkpoints, start_recording, stop_recording
@@ -94,15 +94,15 @@ class Lab:
             self.qemu.qmp("block-export-add", id="look", type="nbd", node_name=node, name="look", bitmaps=["look"])
             context = "qemu:dirty-bitmap:look"
             with NbdConnection.connect(UnixAddress(self.socket), "look", contexts=[context]) as connection:
-                status = connection.extents(context, 0, BLOCKS * BLOCK)
+                changed = merged(connection.marked(context, 0, BLOCKS * BLOCK, FLAG_DIRTY))
             if judge:
                 said = run(["nbdinfo", f"--map={context}", "--totals", f"nbd+unix:///look?socket={self.socket}"])
                 dirty = sum(int(line.split()[0]) for line in said.decode().splitlines() if line.split()[2] == "1")
-                assert dirty == sum(span.length for span in dirty_spans(status))
+                assert dirty == sum(span.length for span in changed)
         finally:
             self.qemu.qmp("nbd-server-stop")
             self.qemu.qmp("block-dirty-bitmap-remove", node=node, name="look")
-        return {n for span in dirty_spans(status) for n in range(span.offset // BLOCK, -(-span.end // BLOCK))}
+        return {n for span in changed for n in range(span.offset // BLOCK, -(-span.end // BLOCK))}
 
 
 class OnQemu(RuleBasedStateMachine):

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from unittest import mock
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pullback.model.extents import FLAG_DIRTY, FLAG_ZERO, Cover, Span, allocation, complement, dirty_spans, merged
+from pullback.model.extents import FLAG_DIRTY, FLAG_ZERO, Cover, Span, allocation, complement, merged
 from pullback.plan import grid, pull
 from pullback.plan.grid import Grid, Slot
 from pullback.plan.pull import Act, SegmentPull
@@ -19,16 +19,16 @@ from pullback.plan.pull import Act, SegmentPull
 # The machine may be busy: how long an example takes says nothing.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
-HOT, CHUNK, SEGMENT = 2, 6, 24
+HOT, CHUNK, SEGMENT = 2, 6, 36
 SLOTS = SEGMENT // CHUNK
 
 
 @contextmanager
 def small() -> Iterator[None]:
-    """Hot chunks of 2 bytes, cold ones of 6, segments of 24."""
+    """Hot chunks of 2 bytes, cold ones of 6, segments of 36."""
     with (
         mock.patch.object(pull, "SEGMENT", SEGMENT),
-        mock.patch.multiple(grid, CHUNK=CHUNK, HOT_CHUNK=HOT, SEGMENT=SEGMENT, WIDELY=2, FEWEST=1),
+        mock.patch.multiple(grid, CHUNK=CHUNK, HOT_CHUNK=HOT, SEGMENT=SEGMENT, WIDELY=3, FEWEST=1),
     ):
         yield
 
@@ -80,13 +80,18 @@ breaks = st.sets(st.integers(0, 240), max_size=20)
 known = st.dictionaries(st.integers(0, 6), st.lists(st.sampled_from(Slot), min_size=SLOTS, max_size=SLOTS))
 
 
+# A segment that is cut as a whole: two slots were hot, two become so, and with them the two that nothing touched.
+CUT_WHOLE = [(byte in (12, 18), True) for byte in range(SEGMENT)]
+
+
 @unhurried
-@given(disk=disks | runs, cuts=breaks, known=known)
+@given(disk=disks | runs, cuts=breaks, known=known, together=st.integers(0, 12))
+@example(disk=CUT_WHOLE, cuts=set(), known={0: [Slot.HOT] * 2 + [Slot.COLD] * 4}, together=0)
 def test_every_changed_byte_is_read_or_zero_and_nothing_else_is_touched(
-    disk: list[tuple[bool, bool]], cuts: set[int], known: dict[int, list[Slot]]
+    disk: list[tuple[bool, bool]], cuts: set[int], known: dict[int, list[Slot]], together: int
 ) -> None:
     size = len(disk)
-    with small():
+    with small(), mock.patch.object(pull, "_TOGETHER", together):
         base = {
             number: Grid(len(segment), bytes(slots[: -(-len(segment) // CHUNK)]))
             for number, slots in known.items()
@@ -98,7 +103,9 @@ def test_every_changed_byte_is_read_or_zero_and_nothing_else_is_touched(
         grids = pull.next_grids(dirty, base)
         fetch = pull.fetch_spans(dirty, size, base, grids, whole)
         extents = allocation(
-            item for span in fetch for item in _cut(status([0 if data else FLAG_ZERO for _, data in disk], cuts), span)
+            item
+            for span in pull.status_spans(fetch)
+            for item in _cut(status([0 if data else FLAG_ZERO for _, data in disk], cuts), span)
         )
         cut = grid.DiskGrid(size, grids)
         reads = pull.read_spans(fetch, extents, cut)
@@ -128,6 +135,10 @@ def test_every_changed_byte_is_read_or_zero_and_nothing_else_is_touched(
     assert bytes_of(pull.clean_spans(reads, size)) | bytes_of(reads) == set(range(size))
 
 
+def dirty_spans(extents: Iterable[tuple[int, int, int]]) -> list[Span]:
+    return merged((offset, length) for offset, length, flags in extents if flags & FLAG_DIRTY)
+
+
 @unhurried
 @given(disk=disks | runs, slots=st.lists(st.sampled_from(Slot), min_size=SLOTS, max_size=SLOTS))
 def test_a_slot_becomes_hot_where_it_changed_in_part_and_never_cold_again(
@@ -143,7 +154,7 @@ def test_a_slot_becomes_hot_where_it_changed_in_part_and_never_cold_again(
         if kind == Slot.COLD and marks == {True, False}:
             due.add(slot)
     hot = {slot for slot, kind in enumerate(base.slots) if kind == Slot.HOT}
-    widely = bool(base.slots) and 2 * len(hot) >= len(base.slots) <= 2 * len(due)
+    widely = bool(base.slots) and 3 * len(hot) >= len(base.slots) <= 3 * len(due)
     cold = {slot for slot, kind in enumerate(base.slots) if kind == Slot.COLD}
     assert {slot for slot, kind in enumerate(after.slots) if kind == Slot.HOT} == hot | (cold if widely else due)
     assert [kind == Slot.EMPTY for kind in after.slots] == [kind == Slot.EMPTY for kind in base.slots]

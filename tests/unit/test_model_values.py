@@ -12,7 +12,6 @@ from pullback.model.extents import (
     Span,
     allocation,
     complement,
-    dirty_spans,
     merged,
 )
 from pullback.model.units import GIB, KIB, MIB, TIB, align_down, align_up, human_bytes, human_seconds
@@ -63,10 +62,6 @@ def test_alignment(offset: int, down: int, up: int):
 def test_spans_that_touch_or_overlap_become_one():
     assert merged([(0, 4), (4, 4), (6, 1), (9, 1), (9, 0)]) == [Span(0, 8), Span(9, 1)]
     assert merged([(3, 0)]) == []
-
-
-def test_dirty_is_what_has_the_flag():
-    assert dirty_spans([(0, 4, 1), (4, 4, 0), (8, 4, 1), (12, 4, 3)]) == [Span(0, 4), Span(8, 8)]
 
 
 def test_only_what_reads_as_zero_is_zero():

@@ -8,7 +8,7 @@ from time import process_time
 import pytest
 
 from pullback.errors import NbdProtocolError
-from pullback.nbd.extents import Extents, cut_extents, merge_extents, pack_extents, parse_extents
+from pullback.nbd.extents import Extents, cut_extents, marked_extents, merge_extents, pack_extents, parse_extents
 
 
 def extents(*pairs: tuple[int, int]) -> Extents:
@@ -35,6 +35,13 @@ def test_merge_joins_equal_neighbours_across_replies() -> None:
     assert merge_extents(100, parts) == [(100, 10, 0), (110, 13, 1), (123, 2, 0)]
     assert merge_extents(100, [extents((10, 0), (5, 1))]) == [(100, 10, 0), (110, 5, 1)]
     assert merge_extents(0, []) == []
+
+
+def test_only_what_has_the_flag_is_told() -> None:
+    parts = [extents((10, 0), (5, 1), (2, 3)), extents((4, 2), (8, 1))]
+    assert list(marked_extents(100, parts, 1)) == [(110, 5), (115, 2), (121, 8)]
+    assert list(marked_extents(100, parts, 2)) == [(115, 2), (117, 4)]
+    assert list(marked_extents(0, [], 1)) == []
 
 
 def test_merged_extents_may_be_longer_than_32_bits() -> None:

@@ -84,6 +84,10 @@ LimitRate = Annotated[
     str | None,
     typer.Option("--limit-rate", metavar="RATE", help="Read at most so many bytes a second from the disks: 50M"),
 ]
+LimitWrites = Annotated[
+    str | None,
+    typer.Option("--limit-rate", metavar="RATE", help="Write at most so many bytes a second to the disks: 50M"),
+]
 Disks = Annotated[
     list[str] | None, typer.Option("--disk", "-d", metavar="DISK", help="Only this disk; may be repeated")
 ]
@@ -104,11 +108,11 @@ def size_of(text: str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
-def rate_of(given: str | None, config: DomainOptions) -> int:
+def rate_of(given: str | None, config: DomainOptions | None = None) -> int:
     """Bytes a second that the command line allows, else the configuration; 0 for no limit."""
     from pullback.engine.rate import Rate
 
-    rate = size_of(given) if given is not None else size_of(config.limit_rate or "0")
+    rate = size_of(given) if given is not None else size_of(config.limit_rate if config and config.limit_rate else "0")
     Rate(rate)  # refuses one that is too small
     return rate
 
@@ -155,6 +159,7 @@ __all__ = [
     "FreezeOption",
     "Json",
     "LimitRate",
+    "LimitWrites",
     "LockRetry",
     "MethodOption",
     "NoCache",

@@ -57,6 +57,7 @@ def restore(
         str | None,
         typer.Option("--domain", metavar="DOMAIN", help="The domain that runs on these images, or will: qmp:PATH"),
     ] = None,
+    limit_rate: opt.LimitWrites = None,
     repo: opt.Repo = None,
     password_file: opt.PasswordFile = None,
     password_command: opt.PasswordCommand = None,
@@ -75,12 +76,14 @@ def restore(
     if image_format not in ("qcow2", "raw"):
         raise UsageError(f"{image_format!r} is no format of images", todo="Use qcow2 or raw.")
     wrong = {"--overwrite": overwrite, "--verify": verify, "--keep-going": keep_going, "--into": into is not None}
-    check_options({**wrong, "--format raw": image_format == "raw"}, instant, domain)
+    wrong |= {"--format raw": image_format == "raw", "--limit-rate": limit_rate is not None}
+    check_options(wrong, instant, domain)
+    rate = opt.rate_of(limit_rate)
     where = opt.repository_options(repo, password_file, password_command, opt.load_config(config))
     opener = repository_opener(where, opt.cache_options(cache_dir, no_cache, json))
     if into is not None:
         for_images = to or overwrite or keep_going or no_space_check or image_format != "qcow2"
-        domain_disks = IntoDomain(into, tuple(disk or ()), lock_retry, verify, dry_run)
+        domain_disks = IntoDomain(into, tuple(disk or ()), lock_retry, verify, dry_run, rate)
         restore_into(domain_disks, backup_id, bool(for_images), opener, config, Reporter(json))
         return
     if to is None or dry_run:
@@ -101,6 +104,7 @@ def restore(
         verify=verify,
         keep_going=keep_going,
         check_space=not no_space_check,
+        limit_rate=rate,
     )
     reporter = Reporter(json)
     work = Restore(request, opener, reporter.emit)

@@ -29,6 +29,7 @@ class IntoDomain:
     lock_retry: float
     verify: bool
     dry_run: bool
+    limit_rate: int
 
 
 def restore_into(
@@ -49,7 +50,13 @@ def restore_into(
     from pullback.engine.in_place import InPlaceRequest, restore_in_place
 
     request = InPlaceRequest(
-        backup, opt.domain_address(found), into.disks, into.lock_retry, verify=into.verify, dry=into.dry_run
+        backup,
+        opt.domain_address(found),
+        into.disks,
+        into.lock_retry,
+        verify=into.verify,
+        dry=into.dry_run,
+        limit_rate=into.limit_rate,
     )
     with reporter.working():
         result = run_interruptible(restore_in_place(request, opener, reporter.emit))

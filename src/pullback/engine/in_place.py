@@ -20,6 +20,7 @@ from pullback.engine.domain import Domain, DomainAddress, open_domain
 from pullback.engine.events import Emit, Note
 from pullback.engine.exporting import Export, ExportRequest, end_exports, start_parts
 from pullback.engine.overwriting import Overwriting, Sampling, changed_spans, draw_sample, map_export
+from pullback.engine.rate import Rate
 from pullback.engine.reader_lock import acquire_for_reading, release_after_reading
 from pullback.engine.rereading import Rereading
 from pullback.engine.session import uncancelled
@@ -66,7 +67,8 @@ from pullback.repository.repository import Repository
 class InPlaceRequest:
     """Which backup to restore into which domain; all disks of the backup if none is named.
 
-    ``dry`` only looks, ``verify`` reads the disks again and compares them with the backup.
+    ``dry`` only looks, ``verify`` reads the disks again and compares them with the backup.  ``limit_rate`` is bytes a
+    second to write, at most; 0 for no limit, UsageError below 64 KiB.
     """
 
     backup: str
@@ -75,6 +77,7 @@ class InPlaceRequest:
     lock_retry: float = 0.0
     verify: bool = False
     dry: bool = False
+    limit_rate: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +146,7 @@ async def _locked(repository: Repository, request: InPlaceRequest, emit: Emit) -
 class _InPlace:
     def __init__(self, request: InPlaceRequest, repository: Repository, emit: Emit) -> None:
         self._request = request
+        self._rate = Rate(request.limit_rate)
         self._repository = repository
         self._emit = emit
         self._ways: dict[str, Way] = {}
@@ -286,7 +290,7 @@ class _InPlace:
             await self._carry(comparing)
             spans |= {target: comparing.wrong(target) for target in compared}
         self._writing = True
-        writing = Overwriting(source, spans, address)
+        writing = Overwriting(source, spans, address, self._rate)
         await self._carry(writing)
         await asyncio.to_thread(writing.flush)
         self._written = writing.written

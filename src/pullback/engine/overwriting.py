@@ -7,21 +7,19 @@ import errno
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 
+from pullback.engine.rate import Rate
 from pullback.engine.rereading import Rereading
-from pullback.engine.restoring import Read
+from pullback.engine.restoring import Read, submit_write
 from pullback.engine.source import Blobs, DiskSource
 from pullback.engine.workers import Connections, Work
 from pullback.errors import NbdRefused, PullbackError, RestoreError
-from pullback.model.extents import Span, dirty_spans
+from pullback.model.extents import FLAG_DIRTY, Span, merged
 from pullback.nbd.address import UnixAddress
 from pullback.nbd.blocking import NbdConnection
 from pullback.plan.damage import joined
 from pullback.plan.in_place import pick_unchanged, pieces
 from pullback.plan.restore import Place, Segment, pack_reads, windows
 from pullback.repository.blob import BlobId
-
-#: Writes under way on one connection.
-_IN_FLIGHT = 8
 
 
 class Overwriting(Work[Read | Place]):
@@ -32,8 +30,11 @@ class Overwriting(Work[Read | Place]):
 
     name = "restore"
 
-    def __init__(self, source: DiskSource, spans: Mapping[str, Sequence[Span]], address: UnixAddress) -> None:
+    def __init__(
+        self, source: DiskSource, spans: Mapping[str, Sequence[Span]], address: UnixAddress, rate: Rate
+    ) -> None:
         super().__init__(address, sum(span.length for some in spans.values() for span in some))
+        self._rate = rate
         self._source = source
         self._spans = spans
         self.written = dict.fromkeys(spans, 0)
@@ -70,9 +71,7 @@ class Overwriting(Work[Read | Place]):
     def _write(self, connection: NbdConnection, place: Place, data: memoryview) -> None:
         for span in pieces(place, self._spans[place.target]):
             begin = span.offset - place.offset
-            connection.submit_write(span.offset, data[begin : begin + span.length])
-            if connection.pending >= _IN_FLIGHT:
-                connection.wait()
+            submit_write(connection, span.offset, data[begin : begin + span.length], self._rate)
 
     def _count(self, place: Place) -> None:
         length = sum(span.length for span in pieces(place, self._spans[place.target]))
@@ -118,7 +117,7 @@ def changed_spans(address: UnixAddress, target: str, size: int, bitmaps: Sequenc
     for bitmap in bitmaps:
         context = f"qemu:dirty-bitmap:{bitmap}"
         with NbdConnection.connect(address, map_export(target), contexts=[context]) as connection:
-            spans += dirty_spans(connection.extents(context, 0, size))
+            spans += merged(connection.marked(context, 0, size, FLAG_DIRTY))
     return joined(spans)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from pullback.engine.events import Emit, Note
+from pullback.engine.rate import Rate
 from pullback.engine.reader_lock import acquire_for_reading, release_after_reading
 from pullback.engine.rereading import Rereading
 from pullback.engine.restoring import Writing
@@ -45,6 +46,7 @@ class RestoreRequest:
 
     ``overwrite`` replaces images that are there, once the new ones are whole.  ``verify`` reads the new ones again.
     ``keep_going`` leaves zeroes where the backup cannot be read.  ``check_space`` refuses what does not fit.
+    ``limit_rate`` is bytes a second to write, at most; 0 for no limit, UsageError below 64 KiB.
     """
 
     backup: str
@@ -56,6 +58,7 @@ class RestoreRequest:
     verify: bool = False
     keep_going: bool = False
     check_space: bool = True
+    limit_rate: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,7 @@ class Restore:
         self._request = request
         self._open = open_repository
         self._emit = emit
+        self._rate = Rate(request.limit_rate)
         self._work: Writing | Rereading | None = None
         self._lock: RepositoryLock | None = None
         self._stopped = False
@@ -208,7 +212,7 @@ class Restore:
             elif target.act is Act.BEGIN:
                 target.prepare()
         with self._daemon(targets, writable=True) as address:
-            writing = Writing(source, targets, address)
+            writing = Writing(source, targets, address, self._rate)
             try:
                 self._run(writing)
             except PullbackError:

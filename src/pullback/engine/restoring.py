@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from pullback.engine.events import Emit
+from pullback.engine.rate import Rate
 from pullback.engine.source import DiskSource
 from pullback.engine.targets import Target, spans_by_target
 from pullback.engine.workers import Connections, Work
@@ -24,6 +25,7 @@ from pullback.errors import NbdRefused, PullbackError, RestoreError
 from pullback.model.extents import Cover, Kind, Span, allocation
 from pullback.nbd.address import UnixAddress
 from pullback.nbd.blocking import NbdConnection
+from pullback.nbd.framing import pieces
 from pullback.plan.restore import PackRead, Place, holds, pack_reads, windows
 from pullback.repository.blob import BlobId, PackId
 
@@ -38,6 +40,15 @@ _ALLOCATION = "base:allocation"
 Read = PackRead[PackId, BlobId]
 
 
+def submit_write(connection: NbdConnection, offset: int, data: memoryview, rate: Rate) -> None:
+    """Write when ``rate`` lets it, in pieces of what it takes at once; replies are taken in on the way."""
+    for start, length in pieces(len(data), rate.piece(connection.info.max_payload)):
+        rate.take(length)
+        connection.submit_write(offset + start, data[start : start + length])
+        if connection.pending >= _IN_FLIGHT:
+            connection.wait()
+
+
 class Writing(Work[Read]):
     """Reads packs and writes blobs to where they belong; ``written`` and ``kept`` are bytes per disk, without zeroes.
 
@@ -47,8 +58,9 @@ class Writing(Work[Read]):
     name = "restore"
     contexts = (_ALLOCATION,)
 
-    def __init__(self, source: DiskSource, targets: Sequence[Target], address: UnixAddress) -> None:
+    def __init__(self, source: DiskSource, targets: Sequence[Target], address: UnixAddress, rate: Rate) -> None:
         super().__init__(address, sum(disk.virtual_size for disk in source.disks))
+        self._rate = rate
         self._source = source
         self._targets: Mapping[str, Target] = {target.name: target for target in targets}
         self._had = {target.name: target.state.done for target in targets}
@@ -90,11 +102,8 @@ class Writing(Work[Read]):
         done: list[Place] = []
         for blob, data in self._source.load(item.pack, item.places):
             for place in item.places[blob]:
-                connection = connections.to(place.target)
-                connection.submit_write(place.offset, data)
+                submit_write(connections.to(place.target), place.offset, memoryview(data), self._rate)
                 done.append(place)
-                if connection.pending >= _IN_FLIGHT:
-                    connection.wait()
         for connection in connections.open.values():
             while connection.pending:
                 connection.wait()

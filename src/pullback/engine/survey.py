@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pullback.engine.pull import BaseSegment, DiskPull
 from pullback.engine.reading import REQUEST, FrozenDisk, read_failed
 from pullback.errors import Damaged, NbdRefused
-from pullback.model.extents import Extent, Span, allocation, dirty_spans, merged
+from pullback.model.extents import FLAG_DIRTY, Extent, Span, allocation, merged
 from pullback.model.units import CHUNK, align_up
 from pullback.nbd.address import Address
 from pullback.nbd.backend import Buffer
@@ -32,6 +32,7 @@ from pullback.plan.pull import (
     read_spans,
     segment_count,
     segment_size,
+    status_spans,
     touched_segments,
 )
 from pullback.repository.blob import BlobId, blob_id
@@ -80,7 +81,7 @@ def saved_name(export: str) -> str:
 def _dirty(disk: Offered, checkpoint: str) -> list[Span]:
     context = f"qemu:dirty-bitmap:{checkpoint}"
     with NbdConnection.connect(disk.address, disk.export, contexts=[context]) as connection:
-        return dirty_spans(connection.extents(context, 0, disk.size))
+        return merged(connection.marked(context, 0, disk.size, FLAG_DIRTY))
 
 
 def _allocation(connection: NbdConnection, spans: Sequence[Span]) -> Iterator[Extent]:
@@ -149,9 +150,10 @@ def _reads(disk: Offered, fetch: Sequence[Span], grid: DiskGrid, proof: Proof | 
     """The chunks to read; what is neither read nor proved is let go."""
     try:
         with NbdConnection.connect(disk.address, disk.export, contexts=[ALLOCATION]) as connection:
-            status = list(_allocation(connection, fetch))
+            ask = status_spans(fetch)
+            status = list(_allocation(connection, ask))
             if not disk.exact:
-                status += _saved(disk, fetch)
+                status += _saved(disk, ask)
             reads = read_spans(fetch, status, grid)
             needed = merged(sorted(reads + proof.spans)) if proof else reads
             _trim(connection, clean_spans(needed, disk.size))

@@ -65,11 +65,6 @@ def merged(spans: Iterable[tuple[int, int]]) -> list[Span]:
     return result
 
 
-def dirty_spans(status: Iterable[tuple[int, int, int]]) -> list[Span]:
-    """The dirty ranges of a ``qemu:dirty-bitmap`` context's ``(offset, length, flags)``."""
-    return merged((offset, length) for offset, length, flags in status if flags & FLAG_DIRTY)
-
-
 def allocation(status: Iterable[tuple[int, int, int]]) -> list[Extent]:
     """The extents of a ``base:allocation`` context's ``(offset, length, flags)``.
 

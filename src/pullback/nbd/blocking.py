@@ -21,7 +21,7 @@ from pullback.nbd import protocol as p
 from pullback.nbd.address import Address, TcpAddress
 from pullback.nbd.client_codec import ClientCodec, Completed
 from pullback.nbd.client_handshake import ClientHandshake
-from pullback.nbd.extents import Extents, cut_extents, merge_extents
+from pullback.nbd.extents import Extents, cut_extents, marked_extents, merge_extents
 from pullback.nbd.framing import pieces
 from pullback.nbd.stream import PlainStream, Stream, TlsStream, connect_socket
 
@@ -174,6 +174,14 @@ class NbdConnection:
         """Return the whole map of a range as ``(offset, length, flags)``, equal neighbours merged."""
         self._check_context(context)
         return merge_extents(offset, self._walk(context, offset, length))
+
+    def marked(self, context: str, offset: int, length: int, mask: int) -> Iterator[tuple[int, int]]:
+        """Yield what of a range has any flag of ``mask``, as ``(offset, length)``, asking on the way.
+
+        Neighbours may follow each other.  A map of hundreds of thousands of extents never stands in memory whole.
+        """
+        self._check_context(context)
+        return marked_extents(offset, self._walk(context, offset, length), mask)
 
     def extents_all(self, offset: int, length: int) -> dict[str, list[tuple[int, int, int]]]:
         """Return the map of a range in every negotiated context."""

@@ -6,8 +6,8 @@ from __future__ import annotations
 import sys
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable
-from itertools import accumulate, chain, groupby
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, chain, compress, groupby
 from operator import eq
 from typing import Final
 
@@ -62,6 +62,13 @@ def merge_extents(offset: int, parts: Iterable[Extents]) -> list[tuple[int, int,
         sizes = [size for size, _ in runs]  # not an array: a run may be longer than 4 GiB
         return list(zip(accumulate(sizes, initial=offset), sizes, (flag for _, flag in runs), strict=False))
     return list(zip(accumulate(lengths, initial=offset), lengths, flags, strict=False))
+
+
+def marked_extents(offset: int, parts: Iterable[Extents], mask: int) -> Iterator[tuple[int, int]]:
+    """What of consecutive ``parts`` from ``offset`` on has any flag of ``mask``, as ``(offset, length)``."""
+    for lengths, flags in parts:
+        yield from compress(zip(accumulate(lengths, initial=offset), lengths, strict=False), map(mask.__and__, flags))
+        offset += sum(lengths)
 
 
 def _flag(pair: tuple[int, int]) -> int:

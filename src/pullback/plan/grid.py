@@ -52,6 +52,11 @@ class Grid:
         """Whether no slot is hot."""
         return _HOT not in self.slots
 
+    @property
+    def all_hot(self) -> bool:
+        """Whether no slot is cold; empty ones may be among them."""
+        return _COLD not in self.slots
+
     def numbers(self) -> Sequence[int]:
         """For each slot, and for the end, how many chunks come before it."""
         if self.all_cold:
