@@ -62,6 +62,7 @@ def test_alignment(offset: int, down: int, up: int):
 def test_spans_that_touch_or_overlap_become_one():
     assert merged([(0, 4), (4, 4), (6, 1), (9, 1), (9, 0)]) == [Span(0, 8), Span(9, 1)]
     assert merged([(3, 0)]) == []
+    assert merged([(2, 1), (5, 1), (9, 1)], gap=2) == [Span(2, 4), Span(9, 1)]
 
 
 def test_only_what_reads_as_zero_is_zero():

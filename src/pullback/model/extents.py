@@ -47,13 +47,13 @@ FLAG_ZERO = 2
 FLAG_DIRTY = 1
 
 
-def merged(spans: Iterable[tuple[int, int]]) -> list[Span]:
-    """Sorted spans, with those that touch or overlap made one."""
+def merged(spans: Iterable[tuple[int, int]], gap: int = 0) -> list[Span]:
+    """Sorted spans, with those that touch or overlap, or have ``gap`` bytes or less between them, made one."""
     result: list[Span] = []
-    begin = end = -1
+    begin, end = -1, -1 - gap
     # Plain numbers, and a Span only when it is whole: a large disk has hundreds of thousands of them.
     for offset, length in spans:
-        if offset <= end:
+        if offset <= end + gap:
             if offset + length > end:
                 end = offset + length
         elif length:

@@ -86,7 +86,7 @@ class NbdConnection:
 
         After NbdRefused those before the refused one may be under way.
         """
-        asked: list[tuple[int, bytes]] = []
+        asked = list[tuple[int, bytes]]()
         try:
             for offset, buffer in reads:
                 asked.append(self._codec.read(offset, buffer))
@@ -176,10 +176,7 @@ class NbdConnection:
         return merge_extents(offset, self._walk(context, offset, length))
 
     def marked(self, context: str, offset: int, length: int, mask: int) -> Iterator[tuple[int, int]]:
-        """Yield what of a range has any flag of ``mask``, as ``(offset, length)``, asking on the way.
-
-        Neighbours may follow each other.  A map of hundreds of thousands of extents never stands in memory whole.
-        """
+        """Yield what of a range has any flag of ``mask``, as ``(offset, length)``; neighbours may follow each other."""
         self._check_context(context)
         return marked_extents(offset, self._walk(context, offset, length), mask)
 

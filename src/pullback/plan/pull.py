@@ -117,18 +117,7 @@ def fetch_spans(
 
 def status_spans(fetch: Sequence[Span]) -> list[Span]:
     """The ranges to ask for block status: spans with little between them together, not one by one."""
-    asked: list[Span] = []
-    begin = end = -1
-    for offset, length in fetch:
-        if begin >= 0 and offset - end <= _TOGETHER:
-            end = offset + length
-            continue
-        if begin >= 0:
-            asked.append(Span(begin, end - begin))
-        begin, end = offset, offset + length
-    if begin >= 0:
-        asked.append(Span(begin, end - begin))
-    return asked
+    return merged(fetch, _TOGETHER)
 
 
 def read_spans(fetch: Sequence[Span], allocation: Iterable[Extent], grid: DiskGrid) -> list[Span]:
