@@ -444,6 +444,11 @@ def test_what_another_program_stored_is_not_taken_for_damaged(
     done = command(words, foreign[:12])
     assert (done.code, "another program stored it, of mail" in done.err) == (5, True), done.err
     assert command("verify", "--all").code == 0
+    for others in (["restore", "--to"], ["restore", "--instant", "--to"], ["serve", "--socket"]):
+        out = stage.place / "out"
+        done = command(others[0], foreign[:12], *others[1:], str(out))
+        assert (done.code, "another program stored it, of mail" in done.err) == (5, True), done.err
+        assert not out.exists()
     # One whose tag was taken off is still one of ours.
     with repository.lock():
         bare = repository.save_snapshot(Snapshot(MOMENT, repository.find("web@latest").tree, ("/web",), "web"))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pullback.engine.domain import Domain, DomainAddress, open_domain
 from pullback.engine.events import Emit, Note
 from pullback.engine.exporting import Export, ExportRequest, end_exports, start_parts
+from pullback.engine.listing import manifest_of
 from pullback.engine.overwriting import Overwriting, Sampling, changed_spans, draw_sample, map_export
 from pullback.engine.rate import Rate
 from pullback.engine.reader_lock import acquire_for_reading, release_after_reading
@@ -39,7 +40,7 @@ from pullback.errors import (
 from pullback.model.chain import read_chain
 from pullback.model.extents import Span
 from pullback.model.facts import Disk, Facts
-from pullback.model.manifest import DiskEntry, Manifest, parse_manifest
+from pullback.model.manifest import DiskEntry
 from pullback.model.snapshots import RESTORING, Names, UnfinishedMark, unfinished_marks
 from pullback.nbd.address import UnixAddress
 from pullback.plan.export import ExportPart
@@ -160,8 +161,8 @@ class _InPlace:
         """Find the backup and the disks of it that are meant."""
         snapshot = self._repository.find(self._request.backup, lambda damage: self._emit(Note(f"{damage.what}.")))
         self.id = snapshot.id
+        self._manifest = manifest_of(self._repository, snapshot)
         self._stored = StoredBackup(self._repository, snapshot)
-        self._manifest: Manifest = parse_manifest(self._stored.manifest_bytes())
         self._entries = choose_disks(self._manifest, self._request.disks)
         self._mark = UnfinishedMark(self._repository.id, snapshot.id)
 

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pullback.engine.events import Emit, Event, Overlays, Serving
+from pullback.engine.listing import manifest_of
 from pullback.engine.overlays import Overlay, OverlayPlace
 from pullback.engine.serving import Serve, ServeRequest
 from pullback.engine.streaming import Streaming
 from pullback.engine.targets import claimed
 from pullback.errors import RestoreError
-from pullback.model.manifest import Manifest, parse_manifest
+from pullback.model.manifest import Manifest
 from pullback.nbd.address import UnixAddress
 from pullback.plan.restore import choose_disks
-from pullback.repository.layout import StoredBackup
 from pullback.repository.repository import Repository
 
 
@@ -128,6 +128,6 @@ class Instant:
 def find_backup(repository: Repository, name: str, disks: Sequence[str]) -> tuple[str, Manifest]:
     """The id and the manifest of a backup; UsageError where it holds no such disk."""
     snapshot = repository.find(name)
-    manifest = parse_manifest(StoredBackup(repository, snapshot).manifest_bytes())
+    manifest = manifest_of(repository, snapshot)
     choose_disks(manifest, disks)
     return snapshot.id, manifest

@@ -71,6 +71,12 @@ def refuse_foreign(repository: Repository, snapshot: Snapshot) -> None:
         ) from error
 
 
+def manifest_of(repository: Repository, snapshot: Snapshot) -> Manifest:
+    """A backup's manifest; raises as refuse_foreign, and Damaged or RepositoryUnsupported."""
+    refuse_foreign(repository, snapshot)
+    return parse_manifest(StoredBackup(repository, snapshot).manifest_bytes())
+
+
 def show_stored(repository: Repository, spec: str, broken: Callable[[Damaged], None]) -> ShownBackup:
     """The backup called so; raises as find and refuse_foreign, and Damaged or RepositoryUnsupported for its manifest.
 

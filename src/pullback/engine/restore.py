@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from pullback.engine.events import Emit, Note
+from pullback.engine.listing import manifest_of
 from pullback.engine.rate import Rate
 from pullback.engine.reader_lock import acquire_for_reading, release_after_reading
 from pullback.engine.rereading import Rereading
@@ -25,7 +26,7 @@ from pullback.engine.targets import Target, claimed, free_room, publish
 from pullback.engine.workdir import DEFAULT_BASE, work_directory
 from pullback.errors import PullbackError, RestoreError
 from pullback.model.extents import Span
-from pullback.model.manifest import Manifest, parse_manifest
+from pullback.model.manifest import Manifest
 from pullback.model.unfinished import Unfinished
 from pullback.model.units import human_bytes
 from pullback.nbd.address import UnixAddress
@@ -122,8 +123,8 @@ class Restore:
             self._lock.give_up()
         with self._locked(self._lock):
             snapshot = repository.find(request.backup, lambda damage: self._emit(Note(f"{damage.what}.")))
+            manifest = manifest_of(repository, snapshot)
             stored = StoredBackup(repository, snapshot)
-            manifest = parse_manifest(stored.manifest_bytes())
             disks = choose_disks(manifest, request.disks)
             source = DiskSource(repository, stored, disks, request.keep_going)
             wanted = [

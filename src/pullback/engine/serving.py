@@ -21,19 +21,19 @@ from pullback.engine.chunk_cache import ChunkCache
 from pullback.engine.cores import cores
 from pullback.engine.events import Emit, Note, ServedExport, Serving
 from pullback.engine.listening import check_address, dead_socket
+from pullback.engine.listing import manifest_of
 from pullback.engine.reader_lock import acquire_for_reading, release_after_reading
 from pullback.engine.served_disk import ServedDisk
 from pullback.engine.walking import walk
 from pullback.engine.workdir import work_directory
 from pullback.errors import Damaged, PullbackError, RepositoryError, RepositoryLocked, UsageError
-from pullback.model.manifest import DiskEntry, Manifest, parse_manifest
+from pullback.model.manifest import DiskEntry, Manifest
 from pullback.model.units import MIB
 from pullback.nbd.address import Address, UnixAddress
 from pullback.nbd.server import NbdServer
 from pullback.plan.restore import choose_disks
 from pullback.qemu.monitor import Peer
 from pullback.repository.blob import BlobId
-from pullback.repository.layout import StoredBackup
 from pullback.repository.locks import RepositoryLock
 from pullback.repository.repository import Repository
 from pullback.repository.snapshots import Snapshot
@@ -193,7 +193,7 @@ def served_disks(
     ``told`` hears of bytes that cannot be read: of which disk, offset, length and why.  UsageError for a disk that it
     does not hold, Damaged where manifest or directories cannot be read.
     """
-    manifest = parse_manifest(StoredBackup(repository, snapshot).manifest_bytes())
+    manifest = manifest_of(repository, snapshot)
     if not manifest.segment_size:
         raise Damaged(f"The manifest of the backup {snapshot.short_id} says that segments have no bytes")
     chosen = choose_disks(manifest, wanted)
