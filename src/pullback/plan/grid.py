@@ -152,7 +152,8 @@ def newly_hot(before: Grid, after: Grid, at: int = 0) -> list[tuple[int, int]]:
     count, end = len(before.slots), at + before.size
     # All slots at once, as one number: one by one they took a third of all planning of a large disk.
     differ = (int.from_bytes(before.slots) ^ int.from_bytes(after.slots)).to_bytes(count)
-    offsets = [at + slot * CHUNK for slot in compress(range(count), differ)]
+    # A slot at the end that is no longer than a hot chunk is the same chunk either way.
+    offsets = [at + slot * CHUNK for slot in compress(range(count), differ) if before.size - slot * CHUNK > HOT_CHUNK]
     return [(offset, min(CHUNK, end - offset)) for offset in offsets]
 
 
