@@ -31,11 +31,13 @@ def main() -> None:
     base = {number: cold_grid(SEGMENT) for number in range(size // SEGMENT)}
     grids = next_grids(dirty, base)
     fetch = fetch_spans(dirty, size, base, grids)
+    changed = len(dirty)
+    del dirty
     segments = sum(1 for _ in plan_segments(fetch, fetch, DiskGrid(size, grids)))
-    clean = len(clean_spans(fetch, size))
+    clean = sum(1 for _ in clean_spans(fetch, size))
     done = time.perf_counter()
     figures = {"fetched": fetched - begin, "fetched_and_planned": done - begin}
-    counts = {"dirty": len(dirty), "clean": clean, "segments": segments}
+    counts = {"dirty": changed, "clean": clean, "segments": segments}
     print(json.dumps({"figures": {**figures, **counts}}))
 
 

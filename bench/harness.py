@@ -30,6 +30,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -39,6 +40,8 @@ from typing import Any
 
 GIB = 1 << 30
 START_SECONDS = 30
+#: Bytes of what a program prints that are looked at, from the end.
+_TOLD = 4096
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -142,22 +145,26 @@ def timed(
     os.sync()
     before = processor_time(qemu) if qemu else 0.0
     begin = time.perf_counter()
-    process = subprocess.Popen(
-        list(map(str, command)),
-        env=env,
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    with _killed_with_us(process):
-        assert process.stdout is not None
-        said = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - begin
-        process.returncode = os.waitstatus_to_exitcode(status)
+    # Into a file: what we have had in memory, those that we start later seem to have had, too.
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            list(map(str, command)),
+            env=env,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        with _killed_with_us(process):
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = time.perf_counter() - begin
+            process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(max(0, output.seek(0, os.SEEK_END) - _TOLD))
+        said = output.read()
     if process.returncode:
-        raise BenchError(f"{' '.join(map(str, command))} ended with {process.returncode}: {said.decode()[-2000:]}")
+        raise BenchError(
+            f"{' '.join(map(str, command))} ended with {process.returncode}: {said.decode(errors='replace')[-2000:]}"
+        )
     after = processor_time(qemu) if qemu else 0.0
     return Run(seconds, usage.ru_utime + usage.ru_stime, after - before, usage.ru_maxrss / 1024, begin, _told(said))
 

@@ -79,10 +79,10 @@ def test_allocation_does_not_join_over_a_gap():
 
 
 def test_the_complement_of_nothing_is_everything():
-    assert complement([], 10) == [Span(0, 10)]
-    assert complement([Span(0, 10)], 10) == []
-    assert complement([Span(2, 3), Span(7, 1)], 10) == [Span(0, 2), Span(5, 2), Span(8, 2)]
-    assert complement([], 0) == []
+    assert [*complement([], 10)] == [Span(0, 10)]
+    assert [*complement([Span(0, 10)], 10)] == []
+    assert [*complement([Span(2, 3), Span(7, 1)], 10)] == [Span(0, 2), Span(5, 2), Span(8, 2)]
+    assert [*complement([], 0)] == []
 
 
 def test_a_cover_answers_ascending_questions():

@@ -105,4 +105,4 @@ def test_a_run_is_cut_at_the_segments():
 
 
 def test_what_is_not_read_may_go():
-    assert clean_spans([Span(CHUNK, CHUNK)], 3 * CHUNK) == [Span(0, CHUNK), Span(2 * CHUNK, CHUNK)]
+    assert [*clean_spans([Span(CHUNK, CHUNK)], 3 * CHUNK)] == [Span(0, CHUNK), Span(2 * CHUNK, CHUNK)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import functools
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pullback.engine.pull import BaseSegment, DiskPull
@@ -129,6 +129,7 @@ def survey(
     if base and not distrust:
         grids = next_grids(dirty, known.grids)
         fetch = fetch_spans(dirty, disk.size, known.grids, grids, known.whole)
+        del dirty  # of a large disk some tens of MiB
     else:
         known, grids = _Base(), grids_like(base[0] if base else like, disk.target, disk.size)
         fetch = [Span(0, disk.size)] if disk.size else []
@@ -271,7 +272,7 @@ def last_data(backup: StoredBackup, target: str, dirty: Sequence[Span]) -> tuple
     return None
 
 
-def _trim(connection: NbdConnection, spans: Sequence[Span]) -> None:
+def _trim(connection: NbdConnection, spans: Iterable[Span]) -> None:
     """Let ranges go, many requests at a time."""
     for span in spans:
         if span.length >= 1 << 31:

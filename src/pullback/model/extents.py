@@ -51,14 +51,16 @@ def merged(spans: Iterable[tuple[int, int]], gap: int = 0) -> list[Span]:
     """Sorted spans, with those that touch or overlap, or have ``gap`` bytes or less between them, made one."""
     result: list[Span] = []
     begin, end = -1, -1 - gap
-    # Plain numbers, and a Span only when it is whole: a large disk has hundreds of thousands of them.
+    # Plain numbers, and a Span only when it is whole: a large disk has hundreds of thousands of them, and most are
+    # equally long.
+    lengths: dict[int, int] = {}
     for offset, length in spans:
         if offset <= end + gap:
             if offset + length > end:
                 end = offset + length
         elif length:
             if begin >= 0:
-                result.append(Span(begin, end - begin))
+                result.append(Span(begin, lengths.setdefault(end - begin, end - begin)))
             begin, end = offset, offset + length
     if begin >= 0:
         result.append(Span(begin, end - begin))
@@ -81,18 +83,16 @@ def allocation(status: Iterable[tuple[int, int, int]]) -> list[Extent]:
     return result
 
 
-def complement(spans: Iterable[Span], size: int) -> list[Span]:
+def complement(spans: Iterable[Span], size: int) -> Iterator[Span]:
     """What of the disk's ``size`` bytes the sorted ``spans`` leave out."""
-    result: list[Span] = []
     position = 0
     for offset, length in spans:
         if offset > position:
-            result.append(Span(position, offset - position))
+            yield Span(position, offset - position)
         if offset + length > position:
             position = offset + length
     if position < size:
-        result.append(Span(position, size - position))
-    return result
+        yield Span(position, size - position)
 
 
 class Cover:

@@ -119,7 +119,7 @@ def plan_proof(prove: Prove, fetch: Sequence[Span], size: int, draw: Callable[[i
 
     ``draw(among, count)`` gives ``count`` different random numbers below ``among``; each is a piece of the rest.
     """
-    rest = complement(fetch, size)
+    rest = [*complement(fetch, size)]
     if prove == "sample":
         among = sum(_pieces(span) for span in rest)
         rest = merged(_chosen(rest, sorted(draw(among, min(SAMPLE, among)))))

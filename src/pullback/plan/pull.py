@@ -143,7 +143,7 @@ def _intersection(left: Sequence[Span], right: Sequence[Span]) -> list[Span]:
     return result
 
 
-def clean_spans(read: Sequence[Span], size: int) -> list[Span]:
+def clean_spans(read: Sequence[Span], size: int) -> Iterator[Span]:
     """What nobody will read: the domain may overwrite it without its old content being saved."""
     return complement(read, size)
 
