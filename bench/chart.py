@@ -19,9 +19,18 @@ from bench.__main__ import HERE, RESULTS
 PAGE = HERE.parent / "docs" / "performance.md"
 CHART = HERE.parent / "docs/images/against-others.svg"
 BEGIN, END = "<!-- bench.chart: begin -->\n", "<!-- bench.chart: end -->\n"
-WIDTH, LABELS, ROW, TOP = 760, 330, 22, 30
+WIDTH, LABELS, ROW, TOP = 840, 410, 22, 30
 #: The least and the greatest ratio drawn.
 LEAST, MOST = 0.01, 10.0
+#: What is compared, where it is not the time from start to end.
+FIGURES = {
+    "us_per_write": "a write",
+    "p99_us": "99th percentile of a write",
+    "scratch_mib": "scratch",
+    "first_output": "first output",
+    "known_read": "16 MiB read",
+    "cpu": "processor time",
+}
 GOOD, MISSED = "#2a7f62", "#b5482f"
 
 
@@ -56,12 +65,27 @@ def _place(ratio: float) -> float:
 def _bar(row: dict[str, Any], y: int) -> list[str]:
     one, end, target = _place(1), _place(row["ratio"]), _place(row["target"])
     colour = MISSED if missed(row) else GOOD
-    text = f"{row['case']}, {row['peer']}"
+    text = f"{row['case']}, {against(row)}"
     return [
         f'<text x="{LABELS - 8}" y="{y + 14}" text-anchor="end">{escape(text)}</text>',
         f'<rect x="{min(one, end):.1f}" y="{y + 4}" width="{abs(one - end):.1f}" height="{ROW - 9}" fill="{colour}"/>',
         f'<rect x="{target - 1:.1f}" y="{y + 1}" width="2" height="{ROW - 3}" fill="#333333"/>',
     ]
+
+
+def against(row: dict[str, Any]) -> str:
+    """The peer, and what is compared unless that is the time."""
+    what = FIGURES.get(row["figure"], "")
+    return f"{row['peer']}, {what}" if what and not row.get("limit") else str(row["peer"])
+
+
+def amount(value: float, figure: str) -> str:
+    """A figure for people."""
+    if figure.endswith("_mib"):
+        return f"{value:.0f} MiB"
+    if figure.startswith("us_") or figure.endswith("_us"):
+        return f"{value:.0f} us"
+    return f"{value:.2f} s" if value >= 0.1 else f"{value * 1000:.1f} ms"
 
 
 def table(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
@@ -75,10 +99,14 @@ def table(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     ]
     for row in rows:
         ratio = f"**{row['ratio']:.2f}**" if missed(row) else f"{row['ratio']:.2f}"
-        unit = {"peak_mib": " MiB"}.get(row["figure"], " s")
+        figure = row["figure"]
+        own = [
+            f"{row[name]:.{digits}f} {unit}" if row[name] else ""
+            for name, digits, unit in (("cpu_s", 2, "s"), ("qemu_cpu_s", 2, "s"), ("peak_mib", 0, "MiB"))
+        ]
         lines.append(
-            f"| {row['case']} | {row['peer']} | {row['ours_s']:.2f}{unit} | {row['peer_s']:.2f}{unit} | {ratio}"
-            f" | {row['target']:g} | {row['cpu_s']:.2f} s | {row['qemu_cpu_s']:.2f} s | {row['peak_mib']:.0f} MiB |"
+            f"| {row['case']} | {against(row)} | {amount(row['ours_s'], figure)} | {amount(row['peer_s'], figure)}"
+            f" | {ratio} | {round(row['target'], 2):g} | {' | '.join(own)} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -98,6 +126,7 @@ def main() -> None:
     given = parser.parse_args()
     results = json.loads(given.results.read_text())
     rows = [row for row in results["cases"] if row.get("ratio") is not None]
+    given.chart.parent.mkdir(exist_ok=True)
     given.chart.write_text(chart(rows))
     image = f"![Ours to theirs; left of 1 ours is ahead, the marks are targets](images/{given.chart.name})\n\n"
     given.page.write_text(put(given.page.read_text(), image + table(results["machine"], rows)))
