@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import lru_cache
 from itertools import accumulate, compress
 
 from pullback.model.extents import Span, merged
@@ -101,7 +100,6 @@ class Places:
         return self._numbers[slot] + rest // HOT_CHUNK
 
 
-@lru_cache(16)
 def cold_grid(size: int) -> Grid:
     """A segment of which nothing is known yet."""
     return Grid(size, _COLD * -(-size // CHUNK))
