@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ IN_THE_COMMIT = [
 ]
 
 
+#: Seconds that it stays stopped, at least.
+STOPPED = float(os.environ.get("PULLBACK_TEST_STOPPED", "0"))
+
+
 class Stopping(Life):
     """A domain whose backups are stopped for a while."""
 
@@ -59,7 +64,11 @@ class Stopping(Life):
             assert os.WIFSTOPPED(_changed(child))
             # Within the guard's time, wherever it is.
             wait_for(lambda: run_state(self.qemu) == "running", "the domain to run on", timeout=10)
+            until = time.monotonic() + STOPPED
             self.go_on()
+            while time.monotonic() < until:
+                time.sleep(0.2)
+                self.go_on()
             os.kill(child, signal.SIGCONT)
             code = os.waitstatus_to_exitcode(_changed(child))
         except BaseException:
