@@ -82,6 +82,7 @@ known = st.dictionaries(st.integers(0, 6), st.lists(st.sampled_from(Slot), min_s
 
 # A segment that is cut as a whole: two slots were hot, two become so, and with them the two that nothing touched.
 CUT_WHOLE = [(byte in (12, 18), True) for byte in range(SEGMENT)]
+UNTOUCHED = [(False, True)] * SEGMENT
 # And one whose last slot is no longer than a hot chunk: it stays the chunk that it was.
 SHORT_END = [(byte == 0, False) for byte in range(13)]
 
@@ -89,6 +90,7 @@ SHORT_END = [(byte == 0, False) for byte in range(13)]
 @unhurried
 @given(disk=disks | runs, cuts=breaks, known=known, together=st.integers(0, 12))
 @example(disk=SHORT_END, cuts=set(), known={0: [Slot.COLD, Slot.HOT, Slot.COLD] + [Slot.EMPTY] * 3}, together=0)
+@example(disk=UNTOUCHED + CUT_WHOLE, cuts=set(), known={1: [Slot.HOT] * 2 + [Slot.COLD] * 4}, together=0)
 @example(disk=CUT_WHOLE, cuts=set(), known={0: [Slot.HOT] * 2 + [Slot.COLD] * 4}, together=0)
 def test_every_changed_byte_is_read_or_zero_and_nothing_else_is_touched(
     disk: list[tuple[bool, bool]], cuts: set[int], known: dict[int, list[Slot]], together: int
@@ -132,6 +134,7 @@ def test_every_changed_byte_is_read_or_zero_and_nothing_else_is_touched(
 
     acts = _acts(segments, size, grids)
     assert {segment.number for segment in segments} == set(touched)
+    assert all(segment.grid == grids[segment.number] for segment in segments if segment.number in grids)
     assert {byte for byte, act in acts.items() if act is Act.READ} == bytes_of(reads)
     assert {byte for byte, act in acts.items() if act is Act.ZERO} == wanted - bytes_of(reads)
     assert not bytes_of([*pull.clean_spans(reads, size)]) & bytes_of(reads)

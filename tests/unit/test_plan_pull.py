@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from pullback.model.extents import Extent, Kind, Span
-from pullback.model.units import CHUNK, GIB, HOT_CHUNK, KIB, SEGMENT
+from pullback.model.units import CHUNK, GIB, HOT_CHUNK, KIB, MIB, SEGMENT
 from pullback.plan.grid import DiskGrid, Grid, Slot, cold_grid
 from pullback.plan.pull import (
     Act,
@@ -18,6 +18,7 @@ from pullback.plan.pull import (
     read_spans,
     segment_count,
     segment_size,
+    status_spans,
     touched_segments,
 )
 
@@ -34,6 +35,13 @@ def test_touched_segments():
     spans = [Span(0, 1), Span(SEGMENT - 1, 2), Span(3 * SEGMENT, 2 * SEGMENT)]
     assert touched_segments(spans) == [0, 1, 3, 4]
     assert touched_segments([]) == []
+
+
+def test_neighbours_are_asked_about_together():
+    near, far = 16 * MIB, 16 * MIB + CHUNK
+    spans = [Span(0, CHUNK), Span(CHUNK + near, CHUNK), Span(2 * CHUNK + near + far, CHUNK)]
+    assert status_spans(spans) == [Span(0, 2 * CHUNK + near), spans[2]]
+    assert status_spans([]) == []
 
 
 def grid(*slots: Slot, size: int = SEGMENT) -> Grid:
