@@ -25,7 +25,7 @@ from pullback.engine.events import DiskPlanned, Emit, Frozen, Note
 from pullback.engine.exporting import ExportRequest
 from pullback.engine.freezing import Freeze, Snapshot, SnapshotRequest
 from pullback.engine.rate import Rate
-from pullback.engine.session import Tell, uncancelled
+from pullback.engine.session import Tell
 from pullback.engine.workdir import DEFAULT_BASE, work_directory
 from pullback.errors import DomainBusy, DomainError, DomainUnreachable, NbdDisconnected, ProofFailed
 from pullback.model.chain import read_chain
@@ -40,6 +40,7 @@ from pullback.plan.prove import SAMPLE, Prove, Proved, chains_dropped, chains_st
 from pullback.plan.push import choose_transport
 from pullback.plan.retention import checkpoint_name, checkpoints_to_remove, made_by_backups
 from pullback.plan.selection import select_disks
+from pullback.qemu.cancelling import uncancelled
 from pullback.qemu.monitor import Trace
 from pullback.repository.layout import check_disk_name, check_name
 from pullback.repository.repository import Repository

@@ -39,7 +39,6 @@ from pullback.engine.session import (
     open_offline_session,
     open_session,
     still_open,
-    uncancelled,
 )
 from pullback.errors import UsageError
 from pullback.model.chain import Chain, Unknown, read_chain
@@ -52,6 +51,7 @@ from pullback.plan.export import idle_server
 from pullback.plan.method import Method
 from pullback.plan.probe import clear_probe, end_probe, start_probe
 from pullback.plan.selection import select_disks
+from pullback.qemu.cancelling import uncancelled
 from pullback.qemu.monitor import Trace
 
 #: How often, in seconds, a probe is looked at.

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pullback.engine.freezing import Snapshot
 from pullback.engine.listening import check_address, dead_socket, keep_to_owner
-from pullback.engine.session import Bound, Session, session_of, uncancelled
+from pullback.engine.session import Bound, Session, session_of
 from pullback.errors import CommandFailed, DomainBusy, DomainError, Refused, UsageError
 from pullback.model.chain import Chain, Edge, Unknown, read_chain
 from pullback.model.facts import Disk, Facts
@@ -31,10 +31,10 @@ from pullback.plan.command import Plan
 from pullback.plan.export import ExportPart, disown_server, idle_server, need_server, start_export
 from pullback.plan.method import refuse_export
 from pullback.plan.selection import select_disks
+from pullback.qemu.cancelling import uncancelled
 
 #: Bytes in an export's name (NBD protocol, "values").
 _LONGEST_NAME = 4096
-
 
 #: Checkpoints from which changes are offered: these, or all that the disk has.
 Since = Sequence[str] | Literal["all"]

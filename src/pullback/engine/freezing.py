@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pullback.engine.session import Bound, Session, session_of, uncancelled
+from pullback.engine.session import Bound, Session, session_of
 from pullback.engine.workdir import DEFAULT_BASE, work_directory
 from pullback.errors import CommandFailed, DomainError, Refused, UsageError
 from pullback.model.chain import bitmap_name, is_checkpoint_name, read_chain
@@ -27,6 +27,7 @@ from pullback.plan.method import FROZEN_VIEW_EXACT, Method, choose_method
 from pullback.plan.selection import select_disks
 from pullback.plan.view import open_view
 from pullback.qemu.agent import Agent, NotFrozen, connect_agent, frozen_file_systems
+from pullback.qemu.cancelling import uncancelled
 
 Freeze = Literal["no", "try", "require"]
 

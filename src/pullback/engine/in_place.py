@@ -24,7 +24,6 @@ from pullback.engine.overwriting import Overwriting, Sampling, changed_spans, dr
 from pullback.engine.rate import Rate
 from pullback.engine.reader_lock import acquire_for_reading, release_after_reading
 from pullback.engine.rereading import Rereading
-from pullback.engine.session import uncancelled
 from pullback.engine.source import DiskSource
 from pullback.engine.workdir import DEFAULT_BASE, work_directory
 from pullback.engine.workers import Item, Work
@@ -59,6 +58,7 @@ from pullback.plan.in_place import (
 from pullback.plan.method import refuse_export
 from pullback.plan.restore import choose_disks
 from pullback.plan.selection import select_disks
+from pullback.qemu.cancelling import uncancelled
 from pullback.qemu.monitor import Trace
 from pullback.repository.layout import StoredBackup
 from pullback.repository.repository import Repository

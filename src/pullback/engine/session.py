@@ -7,7 +7,7 @@ Everything that is done to QEMU goes through :meth:`Session.run`, so a dry run i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
 from functools import partial
@@ -21,6 +21,7 @@ from pullback.model.facts import Facts
 from pullback.model.snapshots import read_exports, read_snapshots
 from pullback.plan.command import Plan
 from pullback.plan.offline import Image, as_if_writable, open_images, try_images
+from pullback.qemu.cancelling import uncancelled
 from pullback.qemu.execute import run_plan
 from pullback.qemu.monitor import JobState, Monitor, Peer, Trace, connect, dial
 from pullback.qemu.observe import observe, observe_daemon
@@ -153,18 +154,6 @@ def still_open(session: Session) -> Session:
             todo="Open the domain again: its snapshots and exports are found again by name.",
         )
     return session
-
-
-async def uncancelled(work: Coroutine[Any, Any, T]) -> T:
-    """Carry ``work`` to its end even when we are cancelled meanwhile."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # the cancellation is what is told
-        raise
 
 
 @asynccontextmanager

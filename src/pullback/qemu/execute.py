@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from qemu.qmp import EventListener
 
 from pullback.errors import CommandFailed, DomainError, DomainUnreachable
 from pullback.plan.command import ExportDeleted, JobConcluded, JobGone, Paused, Plan, Step
+from pullback.qemu.cancelling import uncancelled
 from pullback.qemu.guard import Guard
 from pullback.qemu.monitor import REPLY_TIMEOUT, Monitor
 
@@ -96,32 +97,20 @@ async def _run_step(monitor: Monitor, step: Step) -> None:
             await monitor.execute(step.execute, step.arguments)
 
 
-async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """Await it; when we are cancelled, only after it has ended: half of it would leave the outcome unknown."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # it was seen: being cancelled is what is told
-        raise
-
-
 @asynccontextmanager
 async def _stopped(monitor: Monitor, guard: Guard) -> AsyncIterator[None]:
     """Pause the domain; continue it only if it was we who paused it (QEMU's STOP event says so)."""
     async with monitor.events("STOP") as events:
         try:
-            await _to_its_end(guard.arm(PAUSE_LIMIT))
-            await _to_its_end(monitor.execute("stop"))
+            await uncancelled(guard.arm(PAUSE_LIMIT))
+            await uncancelled(monitor.execute("stop"))
             if events.empty():
-                await _to_its_end(guard.disarm())
+                await uncancelled(guard.disarm())
             yield
         finally:
             # Without a connection it is the guard who continues it, and why it was lost is what has to be told.
             if not monitor.lost:
-                await _to_its_end(_continue(monitor, guard, paused=not events.empty()))
+                await uncancelled(_continue(monitor, guard, paused=not events.empty()))
 
 
 async def _continue(monitor: Monitor, guard: Guard, paused: bool) -> None:

@@ -12,7 +12,7 @@ import logging
 import socket
 import stat
 import struct
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from qemu.qmp.protocol import StateError
 from qemu.qmp.qmp_client import NegotiationError
 
 from pullback.errors import CommandFailed, DomainBusy, DomainUnreachable
+from pullback.qemu.cancelling import uncancelled
 from pullback.qemu.replies import Reply, replies
 
 #: Seconds for QEMU's greeting.  A monitor serves one client at a time; the next one is left waiting without a word.
@@ -126,16 +127,6 @@ def _no_connection(path: str, error: OSError) -> DomainUnreachable:
     return DomainUnreachable(f"cannot connect to the QMP socket {path}: {error.strerror or error}")
 
 
-async def _settled(command: Coroutine[Any, Any, Any]) -> Any:
-    """Await ``command`` to its end even when we are cancelled, so that its outcome is known; then be cancelled."""
-    task = asyncio.ensure_future(command)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise
-
-
 class _Client(QMPClient):
     """A QMPClient that does not write each message out for its log: the schema alone takes a tenth of a second."""
 
@@ -171,7 +162,7 @@ class Monitor:
         if self.lost:
             raise DomainUnreachable(f"the connection to {self.path} was given up after an earlier failure")
         try:
-            result = await _settled(asyncio.wait_for(self._client.execute(command, dict(arguments or {})), timeout))
+            result = await uncancelled(asyncio.wait_for(self._client.execute(command, dict(arguments or {})), timeout))
         except ExecuteError as error:
             self._note(command, arguments, {"error": error.error.error.desc})
             raise CommandFailed(command, error.error.error.class_, error.error.error.desc) from error
