@@ -15,7 +15,7 @@ from pullback.engine.targets import Target
 from pullback.errors import TargetExists
 from pullback.model.extents import Span, merged
 from pullback.model.unfinished import Unfinished, parse_unfinished
-from pullback.plan.restore import Place, Segment, holds, image_room, in_turn, pack_reads, windows
+from pullback.plan.restore import WINDOW, Place, Segment, holds, image_room, in_turn, pack_reads, windows
 from pullback.plan.target import Act, EntryKind, FileFacts, TargetFacts, choose_act
 
 SIZE = 200
@@ -94,11 +94,27 @@ def test_every_place_is_read_once(contents: list[list[tuple[bytes, int]]]) -> No
     segments = [Segment("vda", number * 100, content) for number, content in enumerate(contents)]
     wanted = sorted(pair for segment in segments for pair in segment.places())
     found = []
+    pack_of = {b"a": b"1", b"b": b"2", b"c": b"1", b"d": b"2"}.__getitem__
     for window in windows(segments):
-        reads = pack_reads(window, lambda blob: bytes([blob[0] % 2]))
+        reads = pack_reads(window, pack_of)
         assert len({read.pack for read in reads}) == len(reads)
+        assert all(pack_of(blob) == read.pack for read in reads for blob in read.places)
         found += [(blob, place) for read in reads for blob, places in read.places.items() for place in places]
     assert sorted(found) == wanted
+
+
+def test_the_blobs_of_a_segment_follow_one_another() -> None:
+    segment = Segment("vdb", 100, [(b"a", 3), (b"b", 5), (b"a", 2)])
+    assert list(segment.places()) == [
+        (b"a", Place("vdb", 100, 3)),
+        (b"b", Place("vdb", 103, 5)),
+        (b"a", Place("vdb", 108, 2)),
+    ]
+
+
+def test_so_many_segments_are_planned_at_a_time() -> None:
+    segments = [Segment("vda", number, [(b"a", 1)]) for number in range(2 * WINDOW + 1)]
+    assert [len(window) for window in windows(segments)] == [WINDOW, WINDOW, 1]
 
 
 @pytest.mark.parametrize("image_format", ["qcow2", "raw"])
@@ -113,6 +129,45 @@ def test_the_room_is_never_less_than_what_qemu_takes(tmp_path: Path, image_forma
     took = path.stat().st_blocks * 512
     assert took <= room <= took + 16 * (64 << 10)
     assert image_room([], size, "raw") == 0
+
+
+CLUSTER, MAPPED = 64 << 10, 512 << 20
+
+
+def _ceil(number: int, unit: int) -> int:
+    return -(-number // unit)
+
+
+def qcow2_clusters(size: int, data: int, tables: int) -> int:
+    """What a qcow2 file of so many clusters of data and second-level tables has at least (docs/interop/qcow2.txt)."""
+    counted = 1 + _ceil(_ceil(size, MAPPED) * 8, CLUSTER) + tables + data
+    blocks = _ceil(counted, CLUSTER // 2 - 1)
+    return counted + blocks + _ceil(blocks * 8, CLUSTER)
+
+
+@pytest.mark.parametrize(
+    ("size", "data", "clusters", "tables"),
+    [
+        (1 << 50, [], 0, 0),
+        (16 << 40, [(0, 16 << 40)], 16 << 24, 16 << 11),
+        (256 << 40, [(0, 256 << 40)], 256 << 24, 256 << 11),
+        (1 << 40, [(number * MAPPED - 512, 512) for number in range(1, 2000, 2)], 1000, 1000),
+        (1 << 40, [(number * MAPPED - 512, 1024) for number in range(2, 2000, 2)], 1998, 1998),
+    ],
+    ids=["empty", "full", "huge", "scattered", "across tables"],
+)
+def test_the_room_of_a_large_qcow2_image(size: int, data: list[tuple[int, int]], clusters: int, tables: int) -> None:
+    """Too large to be made here."""
+    room = image_room(data, size, "qcow2")
+    assert isinstance(room, int)
+    least = qcow2_clusters(size, clusters, tables) * CLUSTER
+    assert least <= room <= least + 5 * CLUSTER
+
+
+def test_the_room_of_a_raw_image_is_its_blocks_and_one_for_every_64_pieces() -> None:
+    for pieces, more in ((1, 1), (64, 1), (65, 2)):
+        data = [(number << 20, 1) for number in range(pieces)]
+        assert image_room(data, 1 << 30, "raw") == (pieces + more) * 4096
 
 
 # -- what becomes of files that are there -------------------------------------------------------------------------
@@ -145,6 +200,8 @@ CASES: list[tuple[TargetFacts, Act | None, Act | None]] = [
     (TargetFacts(IMAGE, IMAGE, IMAGE, begun(modified=70)), Act.FINISH, Act.FINISH),
     (TargetFacts(IMAGE, NOTHING, IMAGE, begun(modified=71)), None, Act.BEGIN),
     (TargetFacts(IMAGE, NOTHING, IMAGE, begun(modified=70, inode=8)), None, Act.BEGIN),
+    # Modified at time 0: to the state of an image that never was whole, that says nothing.
+    (TargetFacts(FileFacts("x", EntryKind.REGULAR, 7, 0), NOTHING, IMAGE, begun()), None, Act.BEGIN),
     (TargetFacts(FileFacts("x", EntryKind.LINK, 7, 70), NOTHING, IMAGE, begun(modified=70)), None, Act.BEGIN),
     (TargetFacts(FileFacts("x", EntryKind.REGULAR, in_use=True), NOTHING, NOTHING, None), None, None),
     (TargetFacts(NOTHING, FileFacts("x", EntryKind.REGULAR, in_use=True), NOTHING, None), None, None),
@@ -163,3 +220,34 @@ def test_what_becomes_of_files_that_are_there(number: int, overwrite: bool) -> N
             choose_act(facts, WANTED, overwrite)
     else:
         assert choose_act(facts, WANTED, overwrite) is expected
+
+
+F, P, S = "vda.qcow2", "vda.qcow2.partial", "vda.qcow2.partial.json"
+
+
+def lying(final: EntryKind, partial: EntryKind, state_file: EntryKind, state: Unfinished | None) -> TargetFacts:
+    return TargetFacts(
+        FileFacts(F, final, 7, 70, in_use=True),
+        FileFacts(P, partial, 7, 70, in_use=True),
+        FileFacts(S, state_file),
+        state,
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "overwrite", "said"),
+    [
+        (lying(EntryKind.REGULAR, EntryKind.REGULAR, EntryKind.DIRECTORY, None), False, f"{S} is a directory"),
+        (lying(EntryKind.REGULAR, EntryKind.REGULAR, EntryKind.REGULAR, None), False, f"{F} exists already"),
+        (lying(EntryKind.REGULAR, EntryKind.REGULAR, EntryKind.REGULAR, None), True, f"{F} is in use"),
+        (lying(EntryKind.NOTHING, EntryKind.REGULAR, EntryKind.REGULAR, None), True, f"{P} is in use"),
+        (lying(EntryKind.NOTHING, EntryKind.REGULAR, EntryKind.REGULAR, None), False, f"{P} exists, and is not known"),
+        (lying(EntryKind.NOTHING, EntryKind.NOTHING, EntryKind.REGULAR, None), False, f"{S} exists, and is not known"),
+        (lying(EntryKind.NOTHING, EntryKind.REGULAR, EntryKind.REGULAR, begun(inode=8)), False, f"{P} is not the file"),
+        (lying(EntryKind.NOTHING, EntryKind.REGULAR, EntryKind.REGULAR, OTHER), False, f"{P} is an unfinished restore"),
+    ],
+)
+def test_a_refusal_names_what_is_in_the_way(facts: TargetFacts, overwrite: bool, said: str) -> None:
+    with pytest.raises(TargetExists) as caught:
+        choose_act(facts, WANTED, overwrite)
+    assert caught.value.what.startswith(said)

@@ -33,10 +33,11 @@ class Points:
             yield one
 
 
-def choose(points: object, *disks: Disk, full: bool = False, **chains: Chain) -> dict[str, Full | Incremental]:
+def choose(points: object, *disks: Disk, full: bool | None = None, **chains: Chain) -> dict[str, Full | Incremental]:
     disks = disks or (disk(),)
     known = {one.target: chains.get(one.target, read_chain(one.bitmaps)) for one in disks}
-    return choose_bases(disks, known, points, full)  # type: ignore[arg-type]
+    asked = {} if full is None else {"force_full": full}
+    return choose_bases(disks, known, points, **asked)  # type: ignore[arg-type]
 
 
 def since(base: Full | Incremental) -> tuple[str, str, list[str]]:
@@ -141,6 +142,7 @@ def test_full_is_asked_for():
     (base,) = choose(points, disk(points=("A",)), full=True).values()
     assert base == Full("asked for with --full", like="a")
     assert points.taken == 1
+    assert since(choose([point("a")], disk(points=("A",)), full=False)["vda"])[0] == "a"
 
 
 def test_a_whole_backup_is_cut_like_the_newest_one():

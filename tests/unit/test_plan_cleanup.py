@@ -53,6 +53,9 @@ def test_a_whole_snapshot_goes_in_this_order():
         f"blockdev-del pb-{FIRST}-0-scratch",
         f"blockdev-del pb-{FIRST}-1-scratch",
     ]
+    assert [step.arguments for step in plan.commands() if step.execute == "qom-set"] == [
+        {"path": path.format(target), "property": "drive", "value": f"node-{target}"} for target in ("vda", "vdb")
+    ]
     first = next(plan.commands())
     assert first.wait == ExportDeleted(f"pullback-{FIRST}-0-x766461")
     assert first.arguments["mode"] == "hard"
@@ -278,6 +281,14 @@ def test_the_lower_of_two_stays_as_a_pass_through():
     assert not remove_snapshots(qemu.facts(), {FIRST})
 
 
+def test_the_lower_of_two_stays_under_every_disk():
+    qemu = FakeQemu("vda", "vdb")
+    for snapshot_id in (FIRST, SECOND):
+        qemu.run(snapshot(qemu.facts(), snapshot_id))
+    qemu.run(remove_snapshots(qemu.facts(), {FIRST}))
+    assert {f"pb-{FIRST}-0-filter", f"pb-{FIRST}-1-filter"} <= set(qemu.nodes)
+
+
 def test_all_of_a_large_disk_is_let_go():
     qemu = _stacked(FIRST, SECOND)
     seen = qemu.facts()
@@ -414,6 +425,19 @@ def test_the_server_ends_with_the_last_export_of_ours(order: tuple[str, ...]):
             assert len(qemu.exports) == left
         assert not qemu.server
         assert not qemu.objects
+
+
+def test_an_export_ends_before_its_server_and_what_says_whose_that_is():
+    qemu = exported(THIRD)
+    (mine,) = qemu.exports
+    plan = stop_exports(qemu.facts(), {mine})
+    assert commands(plan) == [
+        f"block-export-del {mine}",
+        "nbd-server-stop",
+        f"object-del {TLS_OBJECT}",
+        f"block-dirty-bitmap-remove pb-{THIRD}-0-access",
+    ]
+    assert [step.optional for step in plan.commands()] == [False, True, True, True], "all but the export may be gone"
 
 
 def test_marks_leave_with_the_last_export_of_their_node():

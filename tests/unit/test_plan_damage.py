@@ -44,6 +44,18 @@ def test_blobs_of_unknown_length_are_covered(
     assert found == covered | {place for place, name in enumerate(model) if name in bad}
 
 
+def test_damage_before_and_behind_blobs_of_unknown_length_counts_too() -> None:
+    content = [(b"a", 3), (b"b", 5), (b"?", None), (b"b", 4), (b"c", 2)]
+    assert touched_spans(content, 20, {b"a", b"?", b"c"}.__contains__) == (Span(0, 3), Span(8, 6), Span(18, 2))
+
+
+def test_an_empty_blob_fills_nothing() -> None:
+    content = [(b"e", 0), (b"a", 3), (b"e", 0), (b"b", 5)]
+    assert touched_spans(content, 8, {b"e", b"b"}.__contains__) == (Span(3, 5),)
+    unknown = [(b"e", 0), (b"a", 3), (b"?", None), (b"e", 0), (b"b", 5)]
+    assert touched_spans(unknown, 10, {b"?"}.__contains__) == (Span(3, 2),)
+
+
 def test_segments_and_the_disk() -> None:
     assert segment_span(0, 100, 250) == (0, 100)
     assert segment_span(2, 100, 250) == (200, 50)

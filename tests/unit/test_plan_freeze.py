@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from pullback.model.chain import read_chain
+from pullback.model.chain import bitmap_name, read_chain
 from pullback.model.facts import Disk
 from pullback.model.snapshots import snapshot_mark
 from pullback.plan.checkpoint import NodeChain
 from pullback.plan.command import JobConcluded, Paused, Plan
-from pullback.plan.freeze import FreezePart, freeze, open_access, prepare_snapshot
+from pullback.plan.freeze import MARK_GRANULARITY, FreezePart, freeze, open_access, prepare_snapshot
 from pullback.plan.method import Method
 from tests.support.values import SIZE, bitmap, disk, node, part
 
@@ -92,26 +92,43 @@ def test_a_failing_scratch_breaks_the_snapshot_not_the_domain():
     assert step.arguments["cbw-timeout"] > 0
 
 
+def test_the_domains_discards_go_through_the_filter():
+    """They would end in it, and not give space back (seen on 7.2)."""
+    add, _ = freeze(ONE, [], None, "filter", running=True).commands()
+    assert add.arguments["discard"] == "unmap"
+
+
 def test_a_second_snapshot_goes_on_top_of_the_first():
     upper = [part(0, of=disk("vda", root="pb-b00000009-0-filter"))]
     add, swap = freeze(upper, [], None, "filter", running=True).commands()
     assert add.arguments["file"] == "pb-b00000009-0-filter"
-    assert swap.arguments["value"] == upper[0].filter
+    assert swap.arguments == {"path": upper[0].disk.qdev, "property": "drive", "value": upper[0].filter}
 
 
 def test_the_scratch_is_made_by_qemu_before_anything_else():
     create, add, mark = prepare_snapshot(ONE).commands()
-    assert create.execute == "blockdev-create"
+    assert (create.execute, create.arguments["job-id"]) == ("blockdev-create", "pullback-b00000001-0-create")
     assert create.arguments["options"] == {"driver": "file", "filename": "/var/tmp/scratch-0", "size": SIZE}
     assert create.wait == JobConcluded(create.arguments["job-id"])
-    assert (add.arguments["node-name"], add.arguments["filename"]) == (ONE[0].scratch, "/var/tmp/scratch-0")
+    assert add.arguments == {
+        "driver": "file",
+        "node-name": "pb-b00000001-0-scratch",
+        "filename": "/var/tmp/scratch-0",
+        "discard": "unmap",
+    }
     assert mark.arguments["node"] == ONE[0].scratch
     assert len(list(prepare_snapshot(TWO).commands())) == 6
 
 
 def test_the_mark_says_whose_the_scratch_is_and_records_nothing():
     *_, mark = prepare_snapshot(ONE).commands()
-    assert (mark.arguments["disabled"], mark.arguments["persistent"]) == (True, False)
+    assert mark.arguments == {
+        "node": ONE[0].scratch,
+        "name": ONE[0].mark.bitmap_name(),
+        "disabled": True,
+        "persistent": False,
+        "granularity": MARK_GRANULARITY,
+    }
     written = node(ONE[0].scratch, "file", bitmaps=(bitmap(mark.arguments["name"], persistent=False),))
     assert snapshot_mark(written) == ONE[0].mark
 
@@ -148,6 +165,11 @@ def test_jobs_freeze_all_disks_and_turn_the_chains_in_one_transaction():
     ]
 
 
+def test_the_bitmaps_that_jobs_begin_lead_to_the_checkpoint():
+    new, _, old = jobs(ONE, of(ONE), "B")
+    assert (new["data"]["name"], old["data"]["name"]) == (bitmap_name("B", "A"), bitmap_name("A", None))
+
+
 @pytest.mark.parametrize("running", [True, False])
 def test_jobs_pause_nothing(running: bool):
     plan = freeze(TWO, of(TWO), "B", "job", running=running)
@@ -176,7 +198,7 @@ def test_a_job_goes_right_above_the_disks_own_node_whatever_stands_there():
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_jobs_break_the_snapshot_only_where_qemu_knows_the_argument(known: bool):
+def test_jobs_break_the_snapshot_only_where_qemu_takes_the_argument(known: bool):
     for action in jobs(TWO, [], None, break_snapshot=known):
         assert action["data"].get("on-cbw-error") == ("break-snapshot" if known else None)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ def test_jobs_are_chosen_where_they_cannot_make_the_domains_writes_fail(
 @pytest.mark.parametrize(("version", "taken"), [((7, 0, 99), False), ((6, 2, 0), False), ((7, 1, 0), True)])
 def test_old_qemu(wanted: Method | None, version: Version, taken: bool):
     said = choice(wanted, version=version)
-    assert ("is too old" in said) == (not taken)
+    assert (f"QEMU {version[0]}.{version[1]}.{version[2]} of domain web is too old" in said) == (not taken)
 
 
 def test_a_storage_daemon_has_jobs_only():
@@ -123,6 +124,12 @@ def test_no_filter_goes_over_a_job(depth: int):
             assert f"snapshot night{stack.index('job')} of domain web was frozen with a job" in said
             only = choose_method(there, [disk("vda")])
             assert only == "filter", "another disk of the domain does not matter"
+
+
+def test_a_jobs_snapshot_whose_mark_is_gone_is_named_by_its_id():
+    there = frozen("job")
+    bare = {name: replace(one, bitmaps=()) for name, one in there.nodes.items()}
+    assert "snapshot s00000000 of domain web was frozen with a job" in choice(of=replace(there, nodes=bare))
 
 
 # Exports

@@ -113,12 +113,18 @@ def test_blobs_cut_anywhere_are_compared_in_parts():
     }
 
 
+def test_a_blob_that_a_claim_only_touches_is_not_read():
+    content = [(b"a", 1000), (b"b", 1000), (b"c", 1000)]
+    packs = parts_by_pack(content, 0, [Claim(1000, 1000, False)], lambda blob: blob)
+    assert packs == {b"b": {b"b": [Part(1000, 0, 1000, False)]}}
+
+
 def test_an_error_says_where_and_what_it_means():
     found = [Difference("vda", Span(at * MIB, 512), False) for at in (5, 1, 3, 7, 9)]
     error = proof_failed([*found, Difference("vdb", Span(0, 512), True)], more=False)
     assert error.exit_code == 16
     assert (
-        "vda at bytes 1,048,576-1,049,087, 3,145,728-3,146,239, 5,242,880-5,243,391 and 2 more ranges, which did not"
+        "vda at bytes 1,048,576-1,049,087, 3,145,728-3,146,239, 5,242,880-5,243,391 and 2 more, which did not"
         " change by the dirty bitmap; and vdb at bytes 0-511, which changed since the base"
     ) in error.what
     assert "earlier incremental backups of vda since its last full one may be wrong" in error.means
@@ -133,8 +139,14 @@ def test_an_error_says_that_there_may_be_more():
     assert "0-511 and perhaps others, which" in proof_failed([one], more=True).what
     assert "memory" not in str(proof_failed([one], more=True))
     many = [Difference("vda", Span(at * MIB, 512), True) for at in range(5)]
-    assert "and at least 2 more ranges" in proof_failed(many, more=True).what
+    assert "and at least 2 more" in proof_failed(many, more=True).what
     assert "dirty bitmap" not in str(proof_failed(many, more=True))
+
+
+@pytest.mark.parametrize(("count", "left"), [(3, "2,097,152-2,097,663, which"), (4, "-2,097,663 and 1 more, which")])
+def test_an_error_hides_no_range(count: int, left: str):
+    found = [Difference("vda", Span(at * MIB, 512), True) for at in range(count)]
+    assert left in proof_failed(found, more=False).what
 
 
 def test_an_error_says_what_became_of_the_checkpoints():

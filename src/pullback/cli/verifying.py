@@ -187,7 +187,7 @@ def _touched_line(one: Touched) -> str:
     ranges = ", ".join(f"{span.offset:,}-{span.end - 1:,}" for span in one.spans[:_MOST_RANGES])
     if len(one.spans) > _MOST_RANGES:
         left = sum(span.length for span in one.spans[_MOST_RANGES:])
-        ranges += f" and {len(one.spans) - _MOST_RANGES} more ranges ({left:,} bytes)"
+        ranges += f" and {len(one.spans) - _MOST_RANGES} more ({left:,} bytes)"
     if one.disk is None:
         what = f"the manifest or a directory of {backup}"
     else:

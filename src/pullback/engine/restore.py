@@ -265,4 +265,4 @@ class Restore:
 def _ranges(spans: Sequence[Span]) -> str:
     """Ranges of a disk for people, the first few of many."""
     shown = ", ".join(f"bytes {span.offset:,}-{span.end - 1:,}" for span in spans[:10])
-    return shown + (f" and {len(spans) - 10} more ranges" if len(spans) > 10 else "")
+    return shown + (f" and {len(spans) - 10} more" if len(spans) > 10 else "")

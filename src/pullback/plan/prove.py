@@ -254,4 +254,4 @@ def _ranges(differences: Iterable[Difference], target: str, more: bool) -> str:
     left = len(spans) - _NAMED
     if left <= 0:
         return named + (" and perhaps others" if more else "")
-    return f"{named} and {'at least ' if more else ''}{left} more ranges"
+    return f"{named} and {'at least ' if more else ''}{left} more"

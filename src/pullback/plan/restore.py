@@ -23,6 +23,8 @@ WINDOW = 8
 #: qemu-img's default cluster size; a table of one cluster maps so many bytes of the disk.
 _CLUSTER = 64 * KIB
 _TABLE_MAPS = 512 * MIB
+#: Clusters that one of reference counts, two bytes each, is for beside itself.
+_COUNTED = _CLUSTER // 2 - 1
 #: The block size of most file systems, for raw images.
 _BLOCK = 4 * KIB
 
@@ -119,8 +121,8 @@ def image_room(data: Iterable[tuple[int, int]], size: int, image_format: str) ->
         return room
     mapping = merged(_tables(span) for span in spans)
     tables = sum(span.length for span in mapping) + -(-size // _TABLE_MAPS) * 8 // _CLUSTER + 4
-    counted = room // _CLUSTER + tables
-    return room + (tables + -(-counted * 2 // _CLUSTER) + 1) * _CLUSTER
+    blocks = -(-(room // _CLUSTER + tables) // _COUNTED) + 1
+    return room + (tables + blocks + blocks * 8 // _CLUSTER) * _CLUSTER
 
 
 def _tables(span: Span) -> tuple[int, int]:
