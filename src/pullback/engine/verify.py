@@ -35,7 +35,7 @@ from pullback.repository.locks import RepositoryLock
 from pullback.repository.pack import PackBroken, PackedBlob
 from pullback.repository.repository import Repository
 from pullback.repository.snapshots import Snapshot, SnapshotFiles
-from pullback.repository.store import FileKind
+from pullback.repository.store import Bytes, FileKind
 
 _PROGRESS_EVERY = 0.2
 _MOST_THREADS = 4
@@ -252,7 +252,7 @@ class Verification:
             return error.what
         return ""
 
-    def _open_packed(self, pack: PackId, blob: PackedBlob | None, content: bytes) -> None:
+    def _open_packed(self, pack: PackId, blob: PackedBlob | None, content: Bytes) -> None:
         """Open a blob as the pack's own header describes it; Damaged if that, or the index, is wrong."""
         if blob is None:
             raise Damaged("its header does not list what the index says of it")

@@ -28,15 +28,15 @@ class CachedStore:
         """Store a file in the inner store."""
         self._inner.save(kind, name, data)
 
-    def load(self, kind: FileKind, name: str, offset: int = 0, length: int | None = None) -> bytes:
+    def load(self, kind: FileKind, name: str, offset: int = 0, length: int | None = None) -> Bytes:
         """Read a part of a file; a whole snapshot file from the copy, if its SHA-256 is right."""
         if kind is not _KEPT or offset or length is not None or not self._folder.usable:
             return self._inner.load(kind, name, offset, length)
         path = relative_path(kind, name)
         try:
-            content = (self._folder.path / path).read_bytes()
-            if hashlib.sha256(content).hexdigest() == name:
-                return content
+            copy = (self._folder.path / path).read_bytes()
+            if hashlib.sha256(copy).hexdigest() == name:
+                return copy
         except OSError:
             pass  # not there yet, or unreadable: writing it anew tells
         content = self._inner.load(kind, name)

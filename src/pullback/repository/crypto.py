@@ -158,10 +158,10 @@ def make_key_file(
     return hashlib.sha256(content).hexdigest(), content
 
 
-def open_key_file(content: bytes, password: str) -> Key:
+def open_key_file(content: Bytes, password: str) -> Key:
     """The master keys in a key file; raises SealBroken for a wrong password, KeyFileInvalid for a broken file."""
     try:
-        fields = json.loads(content)
+        fields = json.loads(bytes(content))
         if not isinstance(fields, Mapping) or fields["kdf"] != "scrypt":
             raise KeyFileInvalid("it does not use scrypt")
         cost = ScryptCost(_int(fields["N"]), _int(fields["r"]), _int(fields["p"]))

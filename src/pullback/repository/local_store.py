@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from pullback.errors import Damaged, RepositoryError, UsageError
+from pullback.repository.direct_io import read_part, write_all
 from pullback.repository.documents import DAMAGE_MEANS, DAMAGE_TODO
-from pullback.repository.file_writing import write_all
 from pullback.repository.store import ID_NAME, Bytes, FileKind, buffers, describe, relative_path
 
 _ADVICE = {
@@ -106,7 +106,7 @@ class LocalStore:
                 raise
             _fsync_directory(path.parent)
 
-    def load(self, kind: FileKind, name: str, offset: int = 0, length: int | None = None) -> bytes:
+    def load(self, kind: FileKind, name: str, offset: int = 0, length: int | None = None) -> Bytes:
         """Read a part of a file; raises Damaged if it is missing or ends early."""
         path = self._path(kind, name)
         with self._told("read from"):
@@ -121,7 +121,10 @@ class LocalStore:
                     raise _lost(
                         f"{describe(kind, name)} is too short: {size} bytes, at least {offset + wanted} were expected"
                     )
-                return _read_exactly(handle, offset, wanted, describe(kind, name))
+                content = read_part(handle, offset, wanted)
+                if len(content) < wanted:
+                    raise _lost(f"{describe(kind, name)} is too short: it became so while it was read")
+                return content
             finally:
                 os.close(handle)
 
@@ -178,20 +181,6 @@ def _lost(what: str) -> Damaged:
 
 def _create(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-
-
-def _read_exactly(handle: int, offset: int, length: int, name: str) -> bytes:
-    content = os.pread(handle, length, offset)
-    if len(content) == length:
-        return content
-    parts, got = [content], len(content)
-    while got < length:  # one pread returns at most 2 GiB
-        more = os.pread(handle, length - got, offset + got)
-        if not more:
-            raise _lost(f"{name} is too short: {length} bytes at {offset} were expected")
-        parts.append(more)
-        got += len(more)
-    return b"".join(parts)
 
 
 def _fsync_directory(path: Path) -> None:

@@ -44,7 +44,7 @@ class Store(Protocol):
     def save(self, kind: FileKind, name: str, data: Bytes | Sequence[Bytes]) -> None:
         """Store a file, durable on return; after a failure or a crash it is there whole or not at all."""
 
-    def load(self, kind: FileKind, name: str, offset: int = 0, length: int | None = None) -> bytes:
+    def load(self, kind: FileKind, name: str, offset: int = 0, length: int | None = None) -> Bytes:
         """Read `length` bytes at `offset` (all from there: None); raises Damaged if the file is missing or shorter."""
 
     def list(self, kind: FileKind) -> Iterator[tuple[str, int]]:
