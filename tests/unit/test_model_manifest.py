@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -53,6 +54,19 @@ def test_the_time_is_kept_in_utc():
     assert parse(document(time="2026-05-04T03:02:01")).time == MOMENT.astimezone(UTC)
 
 
+def test_the_time_does_not_depend_on_the_zone_of_the_machine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TZ", "XYZ-9")
+    time.tzset()
+    try:
+        assert json.loads(FULL.to_bytes())["time"] == "2026-05-04T03:02:01+00:00"
+        for text in ("2026-05-04T03:02:01", "2026-05-04T01:02:01-02:00"):
+            read = parse(document(time=text)).time
+            assert (read, read.utcoffset()) == (MOMENT, timedelta(0))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 def test_what_a_newer_pullback_adds_is_no_trouble():
     assert parse(document(more={"of": "this"})) == FULL
 
@@ -75,6 +89,7 @@ NO_TARGET = {key: value for key, value in DISK.items() if key != "target"}
         ({"domain": None}, "top.domain"),
         ({"domain": 3}, "top.domain"),
         ({"domain": "\ud800"}, "top.domain of the manifest is not Unicode"),
+        ({"domain": "\udfff"}, "top.domain of the manifest is not Unicode"),
         ({"time": "yesterday"}, "time"),
         ({"time": 0}, "top.time"),
         ({"time": "0001-01-01T00:00:00+23:59"}, "time"),
@@ -100,6 +115,17 @@ def test_a_wrong_value_is_damage_with_its_place(changes: dict[str, Any], where: 
     with pytest.raises(Damaged) as caught:
         parse(document(**changes))
     assert where in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["", ".", "..", "/", "../x", "a/b", "/etc/x", "a\0b", "\0"])
+def test_a_disk_that_cannot_be_the_name_of_a_file_is_damage(target: str):
+    with pytest.raises(Damaged, match="calls a disk"):
+        parse(document(disks=[{**DISK, "target": target}]))
+
+
+@pytest.mark.parametrize("target", ["...", ".x", "x.", "virtio0", "a b", "ä"])
+def test_any_other_name_is_a_disks(target: str):
+    assert parse(document(disks=[{**DISK, "target": target}])).disk(target) is not None
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pullback.model.snapshots import (
     Names,
     ServerMark,
     SnapshotMark,
+    UnfinishedMark,
     current_server,
     filter_stack,
     fits,
@@ -27,6 +28,7 @@ from pullback.model.snapshots import (
     read_snapshots,
     server_mark,
     snapshot_mark,
+    unfinished_marks,
 )
 from pullback.plan.freeze import mark_frozen
 from tests.support.fake_qemu import FakeQemu
@@ -99,6 +101,30 @@ def test_a_mark_that_an_image_brought_along_is_none(made: SnapshotMark | ServerM
     assert snapshot_mark(seen) is None
     assert server_mark(seen) is None
     assert current_server(facts(nodes=[node("node-vda", bitmaps=seen.bitmaps)])) is None
+
+
+@pytest.mark.parametrize("made", [mark(), SERVER], ids=["snapshot", "server"])
+def test_bitmaps_of_the_image_hide_no_mark(made: SnapshotMark | ServerMark):
+    own = bitmap("pullback-A", recording=True)
+    seen = node("n", bitmaps=(own, bitmap(made.bitmap_name(), persistent=False)))
+    assert (snapshot_mark(seen) or server_mark(seen)) == made
+
+
+@pytest.mark.parametrize(
+    ("made", "name"),
+    [
+        (
+            SnapshotMark("nächtlich", "vda", "node-vda", "2026-05-04", None),
+            'pullback-snapshot:["nächtlich","vda","node-vda","2026-05-04",null]',
+        ),
+        (ServerMark("unix", "/run/ü", "/etc/tls"), 'pullback-nbd-server:["unix","/run/ü","/etc/tls"]'),
+        (UnfinishedMark("aaaa", "bbbb"), 'pullback-restoring:["aaaa","bbbb"]'),
+    ],
+    ids=["snapshot", "server", "restoring"],
+)
+def test_the_name_of_a_mark_stays_what_it_was(made: SnapshotMark | ServerMark | UnfinishedMark, name: str):
+    """A mark is removed by the name it is read to have had, and one in an image may be another pullback's."""
+    assert made.bitmap_name() == name
 
 
 def test_frozen_is_what_every_scratch_says_and_no_image():
@@ -209,6 +235,23 @@ def test_a_stopped_domains_is_the_same():
     qemu.run(snapshot(qemu.facts(), PUBLIC, method="job"))
     assert whole_ids(qemu.facts()) == {PUBLIC}
     assert filter_stack(qemu.facts(), qemu.facts().devices[0]) == []
+
+
+def test_a_job_alone_is_still_a_part():
+    """Its nodes may have gone; whoever cleans up has to end it."""
+    job = Job(f"pullback-{PUBLIC}-0", "backup", "concluded")
+    (state,) = read_snapshots(facts([device()], [node("node-vda")], jobs=[job]))
+    (part,) = state.parts
+    assert (part.names, part.job, part.mark, state.whole) == (Names(PUBLIC, 0), job, None, False)
+
+
+def test_a_filter_on_nothing_is_none_and_hides_no_other():
+    """There is nothing to put back in its place: QEMU leaves such a one with a job that has concluded."""
+    bare = node(f"pb-{PUBLIC}-0-filter", "copy-before-write")
+    assert read_snapshots(facts([device()], [node("node-vda"), bare])) == ()
+    scratch = node(f"pb-{PRIVATE}-0-scratch", "file")
+    (state,) = read_snapshots(facts([device()], [node("node-vda"), bare, scratch]))
+    assert (state.id, state.parts[0].scratch) == (PRIVATE, scratch)
 
 
 def test_names_of_others_mean_nothing():
@@ -323,3 +366,13 @@ def test_readers_belong_to_their_part():
     assert roles == ["target", "probe", "view", "align", "deny", "void"]
     assert {owner_of(name) for name in qemu.jobs} == {PUBLIC}
     assert part.job is None, "jobs that read are not the one that freezes"
+
+
+@pytest.mark.parametrize("spelt", ['["repo", "backup"]', '["repo","b\\u0061ckup"]', ' ["repo","backup"]'])
+def test_only_the_spelling_that_we_give_is_a_mark_of_ours(spelt: str):
+    """Who takes a mark away names it as we do: one spelt otherwise would stay for good, or let the removal fail."""
+    ours = UnfinishedMark("repo", "backup")
+    brought = bitmap(ours.bitmap_name().replace('["repo","backup"]', spelt), persistent=True)
+    assert brought.name != ours.bitmap_name()
+    assert unfinished_marks([brought]) == ()
+    assert unfinished_marks([brought, bitmap(ours.bitmap_name(), persistent=True)]) == (ours,)

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Units, extents and facts."""
+"""Units, extents, facts, and what an unfinished image says of itself."""
 
 from __future__ import annotations
+
+import json
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +17,7 @@ from pullback.model.extents import (
     complement,
     merged,
 )
+from pullback.model.unfinished import Unfinished, parse_unfinished
 from pullback.model.units import GIB, KIB, MIB, TIB, align_down, align_up, human_bytes, human_seconds
 from tests.support.values import SIZE, device, facts, node
 
@@ -23,11 +27,16 @@ from tests.support.values import SIZE, device, facts, node
     [
         (0, "0 B"),
         (1023, "1023 B"),
+        (1023.4, "1023 B"),
+        (1023.6, "1.00 KiB"),
         (KIB, "1.00 KiB"),
         (1536 * MIB, "1.50 GiB"),
+        (9.995 * KIB, "10.0 KiB"),
         (9.996 * KIB, "10.0 KiB"),
+        (99.95 * KIB, "100 KiB"),
         (99.96 * MIB, "100 MiB"),
         (999.4 * KIB, "999 KiB"),
+        (999.5 * KIB, "0.98 MiB"),
         (999.6 * KIB, "0.98 MiB"),
         (1000 * GIB, "0.98 TiB"),
         (3 * TIB, "3.00 TiB"),
@@ -44,6 +53,7 @@ def test_bytes_for_people(count: float, text: str):
         (0, "0.0 s"),
         (4.24, "4.2 s"),
         (59.94, "59.9 s"),
+        (59.95, "1 min 0 s"),
         (59.96, "1 min 0 s"),
         (185, "3 min 5 s"),
         (3599.6, "1 h 0 min"),
@@ -108,6 +118,12 @@ def test_the_disk_is_below_all_our_filters():
     assert disk.virtual_size == SIZE
 
 
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_disk_is_read_only_as_its_node_is(read_only: bool):
+    seen = facts([device(root="n")], [node("n", read_only=read_only)])
+    assert seen.disk(seen.devices[0]).read_only is read_only
+
+
 def test_a_filter_of_others_is_where_we_stop():
     throttled = facts([device(root="limit")], [node("limit", "throttle", children={"file": "n"}), node("n")])
     disk = throttled.disk(throttled.devices[0])
@@ -128,3 +144,35 @@ def test_what_can_be_tracked(made: object, reason: str):
     said = seen.disk(seen.devices[0]).untracked
     assert reason in said
     assert bool(reason) == bool(said)
+
+
+IMAGE = Unfinished("repository", "backup", "vda", "qcow2", 100, 7, 8, (Span(0, 5), Span(10, 90)))
+
+
+def test_before_anything_was_done_an_image_is_not_made_and_nothing_is_durable():
+    """It is written down before the image is made, and has to be readable then."""
+    begun = IMAGE.started()
+    assert begun == Unfinished("repository", "backup", "vda", "qcow2", 100, inode=0, modified=0, done=())
+    assert parse_unfinished(begun.to_bytes()) == begun
+
+
+def test_images_of_one_disk_of_one_backup_are_the_same_work():
+    assert IMAGE.same_work(replace(IMAGE, inode=9, modified=0, done=()))
+    assert not IMAGE.same_work(replace(IMAGE, backup="another"))
+    assert not IMAGE.same_work(replace(IMAGE, disk="vdb"))
+
+
+@pytest.mark.parametrize(
+    "done",
+    [
+        *([5], ["ab"], [None], [{}], [{"0": 1, "1": 2}]),
+        *([[]], [[1]], [[1, 2, 3]], [[1, 2], [3]]),
+        *([["0", 1]], [[0, True]], [[0, 1.5]], [[-1, 5]], [[0, None]]),
+        *([[0, 0]], [[0, 1], [1, 1]], [[5, 1], [1, 1]], [[0, 101]], [[0, 1], [99, 2]]),
+    ],
+    ids=str,
+)
+def test_ranges_that_no_pullback_wrote_are_none(done: list[object]):
+    document = json.loads(IMAGE.to_bytes())
+    assert parse_unfinished(json.dumps({**document, "done": [[0, 5], [10, 90]]}).encode()) == IMAGE
+    assert parse_unfinished(json.dumps({**document, "done": done}).encode()) is None

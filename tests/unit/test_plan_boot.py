@@ -43,10 +43,20 @@ def test_disks_keep_their_order_and_their_names_where_these_can_be_names() -> No
     nodes = [json.loads(value) for option, value in found if option == "-blockdev"]
     devices = [json.loads(value) for option, value in found if option == "-device"]
     assert [node["file"]["filename"] for node in nodes] == ["/x/vda.qcow2", "/x/a,b.qcow2"]
-    assert [(one["id"], one["drive"], one["bootindex"]) for one in devices] == [
-        ("vda", nodes[0]["node-name"], 1),
-        ("virtio-disk1", nodes[1]["node-name"], 2),
+    assert devices == [
+        {"driver": "virtio-blk-pci", "id": "vda", "drive": nodes[0]["node-name"], "bootindex": 1},
+        {"driver": "virtio-blk-pci", "id": "virtio-disk1", "drive": nodes[1]["node-name"], "bootindex": 2},
     ]
+
+
+def test_a_disk_is_a_qcow2_file_that_gives_back_what_the_domain_discards() -> None:
+    (node, _) = (json.loads(value) for option, value in pairs(arguments(booting(), ())) if option == "-blockdev")
+    assert node == {
+        "driver": "qcow2",
+        "node-name": "disk0",
+        "discard": "unmap",
+        "file": {"driver": "file", "filename": "/x/vda.qcow2", "discard": "unmap"},
+    }
 
 
 @pytest.mark.parametrize(
@@ -97,7 +107,13 @@ def test_the_serial_port_is_where_it_is_said_to_be() -> None:
     assert serial_socket(booting("output"), ()) == serial_socket(booting(), ("-serial", "null")) == ""
 
 
+@pytest.mark.parametrize("given", [("-monitor", "stdio"), ("-chardev", "stdio,id=m")])
+def test_a_serial_port_at_a_socket_stays_there_whoever_has_standard_output(given: tuple[str, ...]) -> None:
+    assert ("-serial", "unix:/x/serial,server=on,wait=off") in pairs(arguments(booting(), given))
+    assert serial_socket(booting(), given) == "/x/serial"
+
+
 def test_kvm_is_probed_unless_the_user_chose() -> None:
     assert names_accelerator(("-M", "accel=tcg,type=pc"))
     assert not names_accelerator(("-device", "x,noaccel=1"))
-    assert probe("/bin/qemu")[:3] == ["/bin/qemu", "-accel", "kvm"]
+    assert probe("/bin/qemu")[:5] == ["/bin/qemu", "-accel", "kvm", "-machine", "q35"]

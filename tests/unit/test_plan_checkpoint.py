@@ -10,7 +10,15 @@ import pytest
 
 from pullback.model.chain import read_chain
 from pullback.model.facts import Bitmap
-from pullback.plan.checkpoint import NodeChain, remove_broken, remove_checkpoints, start_recording, stop_recording
+from pullback.plan.checkpoint import (
+    NodeChain,
+    recording_actions,
+    remove_broken,
+    remove_checkpoints,
+    start_recording,
+    stop_actions,
+    stop_recording,
+)
 from pullback.plan.command import Plan
 from tests.support.values import bitmap, chain
 
@@ -51,6 +59,13 @@ def test_a_new_checkpoint_is_one_transaction_over_all_disks():
     ]
     for one in step.arguments["actions"]:
         assert one["data"] == {**one["data"], "persistent": True, "disabled": False, "granularity": 65536}
+
+
+def test_one_that_is_made_within_the_freeze_is_the_same():
+    disks = [NodeChain("n1", chain("A", "B")), NodeChain("n2", chain())]
+    assert recording_actions(disks, "C") == start_recording(disks, "C").arguments["actions"]
+    (stop,) = stop_recording(disks).commands()
+    assert stop_actions(disks) == stop.arguments["actions"]
 
 
 def test_the_one_before_stops_afterwards():

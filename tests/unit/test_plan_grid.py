@@ -54,6 +54,7 @@ def test_places_and_chunks():
     places = Places(grid)
     assert [places.number(offset) for offset, _ in chunks] == list(range(8))
     assert places.number(grid.size) == places.count == 8
+    assert [chunks[places.number(offset)][0] for offset, _ in chunks] == [offset for offset, _ in chunks]
     assert list(grid.chunks(CHUNK + HOT_CHUNK, 2 * CHUNK)) == [(CHUNK + at * HOT_CHUNK, HOT_CHUNK) for at in (1, 2, 3)]
 
 
@@ -98,6 +99,17 @@ def test_slots_of_zeroes_stay_whole_when_the_segment_is_cut():
     assert list(newly_hot(base, after)) == [Span(slot * CHUNK, CHUNK) for slot in range(164, SLOTS)]
 
 
+@pytest.mark.parametrize(
+    ("tail", "length"), [(512, None), (HOT_CHUNK, None), (HOT_CHUNK + 512, HOT_CHUNK + 512), (CHUNK, CHUNK)]
+)
+def test_the_last_slot_is_new_as_far_as_it_goes_if_it_is_cut_at_all(tail: int, length: int | None):
+    size = CHUNK + tail
+    before, after = slots(COLD, COLD, size=size), slots(COLD, HOT, size=size)
+    assert newly_hot(before, after) == ([] if length is None else [(CHUNK, length)])
+    at = 3 * SEGMENT
+    assert newly_hot(before, after, at) == ([] if length is None else [(at + CHUNK, length)])
+
+
 def test_spans_grow_to_chunks():
     disk = DiskGrid(SEGMENT + 3 * CHUNK + 512, {1: slots(HOT, COLD, HOT, COLD, size=3 * CHUNK + 512)})
     assert disk.widened([Span(1, 1)]) == [Span(0, CHUNK)]
@@ -105,6 +117,12 @@ def test_spans_grow_to_chunks():
     assert disk.widened([Span(SEGMENT - 1, 2)]) == [Span(SEGMENT - CHUNK, CHUNK + HOT_CHUNK)]
     assert disk.widened([Span(SEGMENT + 3 * CHUNK + 5, 1)]) == [Span(SEGMENT + 3 * CHUNK, 512)]
     assert disk.widened([Span(SEGMENT + CHUNK + 1, CHUNK)]) == [Span(SEGMENT + CHUNK, CHUNK + HOT_CHUNK)]
+
+
+@pytest.mark.parametrize(("last", "length"), [(HOT, HOT_CHUNK), (COLD, CHUNK)])
+def test_spans_grow_to_the_end_of_the_disk_and_no_further(last: Slot, length: int):
+    disk = DiskGrid(SEGMENT + 2 * CHUNK, {1: slots(COLD, last)})
+    assert disk.widened([Span(disk.size - 512, 512)]) == [Span(disk.size - length, length)]
 
 
 def test_a_disk_gives_its_segments_grids_and_cold_ones_for_the_others():

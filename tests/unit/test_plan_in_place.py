@@ -32,13 +32,28 @@ def test_pieces_are_the_bytes_that_both_have(spans: Sequence[Span], offset: int,
 def test_a_sample_is_of_unchanged_places_and_has_the_last(
     spans: Sequence[Span], count: int, chance: random.Random
 ) -> None:
-    data = [(bytes([number]), Place("vda", number, 1)) for number in range(count)]
+    # Blobs are the digests of what lies there: in no order.
+    data = [(bytes([255 - number]), Place("vda", number, 1)) for number in range(count)]
     found = pick_unchanged(data, spans, chance.randrange)
     clean = [one for one in data if not any(span.offset <= one[1].offset < span.end for span in spans)]
     assert set(found) <= set(clean)
     assert found == sorted(found, key=lambda one: one[1].offset)
     assert found[-1:] == clean[-1:]
     assert min(SAMPLE, len(clean)) <= len(found) <= SAMPLE + 1
+
+
+def test_every_place_is_as_likely_to_be_in_the_sample() -> None:
+    """The n-th one is taken in count of n cases: the number that is drawn below n says so, and whose place it takes."""
+    data = [(bytes([number]), Place("vda", number, 1)) for number in range(8)]
+    asked: list[int] = []
+
+    def draw(below: int) -> int:
+        asked.append(below)
+        return 1 if below == 6 else below - 1
+
+    found = pick_unchanged(data, [Span(2, 1)], draw, 4)
+    assert asked == [5, 6, 7], "the changed one is not counted"
+    assert [place.offset for _, place in found] == [0, 3, 4, 6, 7]
 
 
 def test_a_mark_is_read_back_whatever_became_of_it() -> None:

@@ -30,7 +30,9 @@ def test_what_is_done_next(status: str | None, has_backing: bool, was_seen: bool
 
 
 def test_the_job_waits_for_a_flush_and_goes_by_itself() -> None:
-    arguments = start_stream(3, "#block17").arguments
+    step = start_stream(3, "#block17")
+    arguments = step.arguments
+    assert step.execute == "block-stream"
     assert (arguments["auto-finalize"], arguments.get("auto-dismiss", True)) == (False, True)
     assert (arguments["job-id"], arguments["device"]) == ("instant-3", "#block17")
     assert len(arguments["filter-node-name"]) <= 31
@@ -40,10 +42,16 @@ def test_the_backing_file_names_socket_and_export_and_has_qemu_wait_for_the_serv
     # 1023 bytes is what a qcow2 header takes, 107 a socket's path.
     name = backing_file("/" + "s" * 106, "d" * 26)
     assert len(name) < 1023
-    remote = json.loads(name.removeprefix("json:"))["file"]
-    assert remote["server"] == {"type": "unix", "path": "/" + "s" * 106}
-    assert remote["export"] == "d" * 26
-    assert remote["reconnect-delay"] > 60
+    assert json.loads(name.removeprefix("json:")) == {
+        "driver": "raw",
+        "file": {
+            "driver": "nbd",
+            "server": {"type": "unix", "path": "/" + "s" * 106},
+            "export": "d" * 26,
+            "reconnect-delay": 3600,
+            "open-timeout": 60,
+        },
+    }
 
 
 def test_the_node_is_the_one_whose_file_is_the_image() -> None:

@@ -72,6 +72,16 @@ def test_what_is_cut_anew_is_fetched_though_it_is_clean():
     assert fetch(dirty, GIB, base) == [Span(64 * CHUNK, SEGMENT - 64 * CHUNK)]
 
 
+def test_what_is_cut_anew_is_fetched_in_every_segment():
+    size = 3 * SEGMENT + CHUNK
+    base = {number: grid(*[Slot.HOT] * 64) for number in (1, 2)}
+    dirty = [Span(number * SEGMENT + slot * CHUNK, 512) for number in (1, 2) for slot in range(100, 164)]
+    assert fetch([*dirty, Span(3 * SEGMENT, 1)], size, base, whole=(3,)) == [
+        Span(SEGMENT + 64 * CHUNK, SEGMENT - 64 * CHUNK),
+        Span(2 * SEGMENT + 64 * CHUNK, SEGMENT - 64 * CHUNK + CHUNK),
+    ]
+
+
 def test_a_segment_that_is_to_be_read_whole_is():
     base = {0: cold_grid(SEGMENT)}
     assert fetch([Span(5, 1)], ODD, base, whole=(1,)) == [Span(0, CHUNK), Span(SEGMENT, CHUNK + 512)]
@@ -82,6 +92,15 @@ def test_data_in_a_hot_slot_is_read_by_itself():
     disk = DiskGrid(GIB, {0: grid(Slot.HOT)})
     status = [Extent(HOT_CHUNK, 512, Kind.DATA), Extent(CHUNK + HOT_CHUNK, 512, Kind.DATA)]
     assert read_spans([Span(0, 2 * CHUNK)], status, disk) == [Span(HOT_CHUNK, HOT_CHUNK), Span(CHUNK, CHUNK)]
+
+
+def test_data_beyond_what_is_fetched_is_not_read():
+    """Neighbours are asked about together, so the answer tells of what lies between them too."""
+    data = [Extent(0, 3 * CHUNK, Kind.DATA), Extent(7 * CHUNK, 3 * CHUNK, Kind.DATA)]
+    assert read_spans([Span(3 * CHUNK, 4 * CHUNK)], data, DiskGrid(GIB)) == []
+    assert read_spans([Span(0, CHUNK), Span(3 * CHUNK, CHUNK)], data, DiskGrid(GIB)) == [Span(0, CHUNK)]
+    spans = [Span(slot * CHUNK, CHUNK) for slot in (0, 2, 5, 8)]
+    assert read_spans(spans, data, DiskGrid(GIB)) == [spans[0], spans[1], spans[3]]
 
 
 def test_zeroes_are_not_read_but_kept_as_zeroes():
@@ -101,8 +120,28 @@ def test_an_untouched_segment_is_not_planned():
     spans = [Span(2 * SEGMENT + CHUNK, CHUNK)]
     (segment,) = plan_segments(spans, spans, DiskGrid(4 * SEGMENT))
     assert (segment.number, segment.offset, segment.size) == (2, 2 * SEGMENT, SEGMENT)
-    assert [run.act for run in segment.runs] == [Act.KEEP, Act.READ, Act.KEEP]
+    assert segment.runs == (
+        Run(2 * SEGMENT, CHUNK, Act.KEEP),
+        Run(2 * SEGMENT + CHUNK, CHUNK, Act.READ),
+        Run(2 * SEGMENT + 2 * CHUNK, SEGMENT - 2 * CHUNK, Act.KEEP),
+    )
     assert list(plan_segments([], [], DiskGrid(GIB))) == []
+
+
+def test_each_segment_says_how_it_is_cut():
+    cut = {1: grid(Slot.COLD, Slot.HOT)}
+    spans = [Span(CHUNK, CHUNK), Span(SEGMENT + CHUNK, CHUNK)]
+    segments = plan_segments(spans, spans, DiskGrid(2 * SEGMENT, cut))
+    assert [segment.grid for segment in segments] == [cold_grid(SEGMENT), cut[1]]
+
+
+def test_every_span_without_data_is_zero():
+    spans = [Span(0, CHUNK), Span(2 * CHUNK, CHUNK), Span(4 * CHUNK, 2 * CHUNK)]
+    (segment,) = plan_segments(spans, [Span(2 * CHUNK, CHUNK)], DiskGrid(SEGMENT))
+    acts = [(run.offset // CHUNK, run.act) for run in segment.runs if run.act is not Act.KEEP]
+    assert acts == [(0, Act.ZERO), (2, Act.READ), (4, Act.ZERO)]
+    (segment,) = plan_segments(spans, [], DiskGrid(SEGMENT))
+    assert [run.offset // CHUNK for run in segment.runs if run.act is Act.ZERO] == [0, 2, 4]
 
 
 def test_a_run_is_cut_at_the_segments():

@@ -166,6 +166,8 @@ def test_a_probe_that_a_client_left_is_cleared_from_every_step(concluded: bool):
 
 def test_a_view_reads_in_units_that_are_answered_right_and_denies_what_fails():
     align, void, deny, view = (step.arguments for step in open_view(Names(PUBLIC, 0), "vda", SIZE).commands())
+    drivers = [node["driver"] for node in (view, align, deny, void)]
+    assert drivers == ["quorum", "blkdebug", "blkdebug", "null-co"]
     assert (align["align"], align["max-transfer"]) == (SAVED_UNIT, SAVED_UNIT)
     assert align["image"] == f"pb-{PUBLIC}-0-access"
     assert (void["size"], void["read-zeroes"]) == (SIZE, False), "else all of it would be called zero"

@@ -132,6 +132,11 @@ def unsettled(repository: Repository) -> Iterator[RepositoryLock]:
         lock.release()
 
 
+def store_one(repository: Repository) -> None:
+    with repository.new_writer() as writer:
+        writer.add(BlobKind.DATA, b"one")
+
+
 def test_before_anything_is_stored_the_moment_is_waited_out(
     repository: Repository, unsettled: RepositoryLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +145,7 @@ def test_before_anything_is_stored_the_moment_is_waited_out(
     other.acquire(settle=False)
     try:
         with mock.patch.object(other._stop, "wait", wraps=lambda seconds: False) as waited:
-            repository.new_writer().abandon()
+            store_one(repository)
             other.check()
     finally:
         other.release()
@@ -155,9 +160,10 @@ def test_who_came_at_the_same_time_is_seen_before_anything_is_stored(
     plant(repository, exclusive=True)
     for _ in range(2):
         with pytest.raises(RepositoryLocked):
-            repository.new_writer()
+            store_one(repository)
     with pytest.raises(RepositoryLocked):
         unsettled.check()
+    assert not list(repository.store.list(FileKind.DATA))
 
 
 def test_who_came_and_went_at_the_same_time_is_seen_by_what_was_deleted(repository: Repository) -> None:
@@ -169,7 +175,7 @@ def test_who_came_and_went_at_the_same_time_is_seen_by_what_was_deleted(reposito
         (index,) = [name for name, _ in repository.store.list(FileKind.INDEX)]
         repository.store.remove(FileKind.INDEX, index)
         with pytest.raises(RepositoryLocked, match="deleted"):
-            repository.new_writer()
+            store_one(repository)
     finally:
         lock.release()
     assert not names(repository)

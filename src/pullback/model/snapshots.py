@@ -146,9 +146,13 @@ def frozen_mark(node: Node) -> bool:
 
 
 def unfinished_marks(bitmaps: Iterable[Bitmap]) -> tuple[UnfinishedMark, ...]:
-    """What the bitmaps of a disk say of restores in place that did not end; an inconsistent one says it as well."""
-    found = (_decoded(bitmap.name, _UNFINISHED_MARK, 2) for bitmap in bitmaps)
-    return tuple(UnfinishedMark(*fields) for fields in found if fields and None not in fields)
+    """What the bitmaps of a disk say of restores in place that did not end; an inconsistent one says it as well.
+
+    Only names that we give: an image may bring along the same words spelt otherwise, which no mark's name removes.
+    """
+    found = ((bitmap.name, _decoded(bitmap.name, _UNFINISHED_MARK, 2)) for bitmap in bitmaps)
+    marks = ((name, UnfinishedMark(*fields)) for name, fields in found if fields and None not in fields)
+    return tuple(mark for name, mark in marks if mark.bitmap_name() == name)
 
 
 def is_mark(name: str) -> bool:

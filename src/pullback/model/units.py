@@ -35,7 +35,7 @@ def align_up(offset: int, alignment: int) -> int:
 
 def human_bytes(count: float) -> str:
     """``count`` bytes in binary units, three significant figures: ``1.50 GiB``."""
-    if count < KIB:
+    if count < KIB - 0.5:
         return f"{count:.0f} B"
     for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
         count /= KIB

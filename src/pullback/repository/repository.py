@@ -214,13 +214,17 @@ class Repository:
             raise Damaged(f"The tree {tree.hex()} of the repository cannot be understood: {error}") from None
 
     def new_writer(self, level: int = COMPRESSION_LEVEL) -> PackWriter:
-        """A writer for the calling thread; hold a lock while there is one: RepositoryLocked if it was lost.
+        """A writer for the calling thread; hold a lock while there is one.  It raises RepositoryLocked if that is lost.
 
         Blobs that the loaded index knows are not stored again; without load_index, only those of this process.
         """
+        return PackWriter(
+            self.store, self._key, self._pending, version=self.version, level=level, before_saving=self._check_lock
+        )
+
+    def _check_lock(self) -> None:
         if self._lock is not None and self._lock.held:
             self._lock.check()
-        return PackWriter(self.store, self._key, self._pending, version=self.version, level=level)
 
     @property
     def bytes_stored(self) -> int:

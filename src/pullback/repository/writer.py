@@ -118,9 +118,17 @@ class PackWriter:
     """
 
     def __init__(
-        self, store: Store, key: Key, pending: PendingIndex, *, version: int, level: int = COMPRESSION_LEVEL
+        self,
+        store: Store,
+        key: Key,
+        pending: PendingIndex,
+        *,
+        version: int,
+        level: int = COMPRESSION_LEVEL,
+        before_saving: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
+        self._before_saving = before_saving
         self._pending = pending
         self._builders = {kind: PackBuilder(key, kind) for kind in BlobKind}
         self._compressor = zstandard.ZstdCompressor(level=level) if version >= 2 else None
@@ -184,6 +192,7 @@ class PackWriter:
         size = pack.content.nbytes
         saved = False
         try:
+            self._before_saving()
             self._store.save(FileKind.DATA, pack.id.hex(), pack.content)
             saved = True
         finally:
