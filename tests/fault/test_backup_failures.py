@@ -16,20 +16,12 @@ from pullback.engine.events import Event, Frozen
 from pullback.engine.pull import Pull
 from pullback.errors import DomainError, DomainUnreachable, PullbackError, Refused, SnapshotBroken
 from pullback.qemu.monitor import Monitor
-from pullback.repository import locks
 from pullback.repository.writer import PackWriter
 from tests.support.dying import changes_something, commands_of
 from tests.support.product import KIB, MIB, Stage, chain, leftovers, mounted_tmpfs, references, run_state, same
 from tests.support.survival import Fault, survives
 
 Start = Callable[..., BareQemu]
-
-
-@pytest.fixture(autouse=True)
-def small_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Locks that need not settle: nobody else is at these repositories."""
-    monkeypatch.setattr(locks, "SETTLE", 0.0)
-    yield
 
 
 def chains(qemu: BareQemu) -> list[dict[str, bool]]:

@@ -16,7 +16,6 @@ import pytest
 from lab.qemu import BareQemu
 from pullback.engine.pull import Pull
 from pullback.errors import NbdProtocolError, ProofFailed, PullbackError, RestoreError, SnapshotBroken, TransferError
-from pullback.repository import locks
 from tests.fault.test_restore_in_place_killed import Halfway
 from tests.support import dying
 from tests.support import nbd_proxy as nbd
@@ -234,10 +233,7 @@ def test_a_restore_goes_on_after_its_connections_broke(tmp_path: Path) -> None:
     kept.judge(backup, to)
 
 
-def test_a_restore_in_place_is_completed_after_its_connections_broke(
-    lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(locks, "SETTLE", 0.0)
+def test_a_restore_in_place_is_completed_after_its_connections_broke(lab_dir: Path, bare_qemu: Start) -> None:
     halfway = Halfway(Stage(lab_dir), bare_qemu)
     marked = 0
     for name, (fault, proxy) in on_the_way_down().items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,11 @@ from pullback.engine.prove import Proving
 from pullback.engine.storing import Storing
 from pullback.errors import DomainUnreachable, SnapshotBroken
 from pullback.nbd.blocking import NbdConnection
-from pullback.repository import locks
 from tests.support import dying
 from tests.support.product import KIB, MIB, Stage, chain, leftovers, mounted_tmpfs, references, run_state, same
 from tests.support.survival import Fault
 
 Start = Callable[..., BareQemu]
-
-
-@pytest.fixture(autouse=True)
-def small_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Locks that need not settle: nobody else is at these repositories."""
-    monkeypatch.setattr(locks, "SETTLE", 0.0)
-    yield
 
 
 POINTS = {

@@ -20,7 +20,7 @@ from pullback.engine.events import Note, silent
 from pullback.engine.listing import list_stored
 from pullback.engine.restore import Restore, RestoreRequest
 from pullback.errors import Damaged, PullbackError
-from pullback.repository import locks, pack
+from pullback.repository import pack
 from pullback.repository.blob import BlobKind, blob_id
 from pullback.repository.local_store import LocalStore
 from pullback.repository.store import FileKind
@@ -66,12 +66,6 @@ class Good:
     place: Path
     files: dict[str, Path]
     ids: dict[str, str]
-
-
-@pytest.fixture(autouse=True)
-def quick_locks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(locks, "SETTLE", 0.0)
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pullback.repository import locks, pack, writer
+from pullback.repository import pack, writer
 from tests.support.backups import new_repository, open_repository, read_disk, store_backup
 from tests.support.restic import Restic, needs_restic
 from tests.support.store_calls import calls_of, killed_at
@@ -27,8 +27,7 @@ CHUNK = 4 << 10
 
 @pytest.fixture(autouse=True)
 def small_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Several packs and index files in a backup of a few chunks; locks that need not settle."""
-    monkeypatch.setattr(locks, "SETTLE", 0.0)
+    """Several packs and index files in a backup of a few chunks."""
     monkeypatch.setattr(pack, "MAX_BLOBS", 4)
     monkeypatch.setattr(writer, "MAX_INDEX_BLOBS", 8)
     yield

@@ -26,7 +26,6 @@ from pullback.nbd.address import UnixAddress
 from pullback.plan.command import Paused, Plan
 from pullback.plan.method import Method
 from pullback.qemu.monitor import Monitor
-from pullback.repository import locks
 from tests.support.backups import open_repository, read_disk
 from tests.support.product import MIB, Stage
 
@@ -161,12 +160,9 @@ def held(stage: Stage, backup: str) -> tuple[list[int], list[int]]:
 
 @pytest.mark.usefixtures("writing")
 @pytest.mark.parametrize("history", range(HISTORIES))
-def test_every_backup_is_a_prefix_of_what_was_written(
-    world: tuple[Vm, Stage], history: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_backup_is_a_prefix_of_what_was_written(world: tuple[Vm, Stage], history: int) -> None:
     """Full and incremental ones, one after the other while the guest writes; the first one of a history may be an
     incremental one, too, over disks that were discarded."""
-    monkeypatch.setattr(locks, "SETTLE", 0.0)
     vm, stage = world
     made: list[tuple[str, float, set[str]]] = []
     for number in range(ROUNDS):

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from pullback.repository import locks
 from tests.support.domain_model import Start
 from tests.support.random_life import RandomLife
 
@@ -27,7 +26,6 @@ STEPS = 60
 
 @pytest.mark.timeout(int(SECONDS * 4) + 120)
 def test_random_lives(lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "SETTLE", 0.0)
     monkeypatch.setattr("pullback.engine.backup.DEFAULT_BASE", str(lab_dir / "sockets"))
     (lab_dir / "sockets").mkdir()
     end = time.monotonic() + SECONDS

@@ -22,7 +22,6 @@ from lab.processes import LabError, run
 from lab.qemu import BareQemu
 from pullback.engine.backup import BackupResult
 from pullback.errors import Damaged
-from pullback.repository import locks
 from pullback.repository.layout import BackupBuilder
 from pullback.repository.repository import Repository
 from tests.support import dying
@@ -73,9 +72,8 @@ class Case:
 
 
 @pytest.fixture
-def case(lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
+def case(lab_dir: Path, bare_qemu: Start) -> Iterator[Case]:
     """Whatever the case, in its end every backup still holds what it held."""
-    monkeypatch.setattr(locks, "SETTLE", 0.0)
     made = Case(lab_dir, bare_qemu, detect_zeroes="unmap")
     yield made
     made.judge()

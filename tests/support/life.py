@@ -15,7 +15,6 @@ from pullback.engine.backup import BackupRequest, run_backup
 from pullback.engine.events import silent
 from pullback.errors import PullbackError
 from pullback.model.manifest import Manifest
-from pullback.repository import locks
 from pullback.repository.repository import Repository
 from tests.support.backups import open_repository, read_disk
 from tests.support.dying import changes_something
@@ -26,13 +25,9 @@ DISKS = ("vda", "vdb")
 
 
 class Life:
-    """The domain, which is given one full backup to begin with.
-
-    Its repository's locks need not settle: nobody else is at it, and there are many backups.
-    """
+    """The domain, which is given one full backup to begin with."""
 
     def __init__(self, place: Path, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(locks, "SETTLE", 0.0)
         self.stage = Stage(place)
         for module in ("backup", "freezing"):
             monkeypatch.setattr(f"pullback.engine.{module}.DEFAULT_BASE", str(self.stage.scratch))

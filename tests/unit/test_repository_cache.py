@@ -13,7 +13,7 @@ from pathlib import Path
 import obstore.store
 import pytest
 
-from pullback.repository import index_cache, index_loader, locks
+from pullback.repository import index_cache, index_loader
 from pullback.repository.blob import BlobId, BlobKind, blob_id
 from pullback.repository.cache_folder import UNUSED_SECONDS, CacheFolder, default_cache_directory
 from pullback.repository.cached_store import CachedStore
@@ -36,7 +36,6 @@ CONTENT = [os.urandom(2000) for _ in range(40)]
 def early_folds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A cache is written for the first index file already."""
     monkeypatch.setattr(index_loader, "_TAIL_BYTES", 10)
-    monkeypatch.setattr(locks, "SETTLE", 0.0)  # nobody else is here; with it each repository takes a second
     yield
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -34,8 +35,7 @@ HOST = socket.gethostname()
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait for nobody: an in-memory race needs no 200 ms to settle."""
-    monkeypatch.setattr(locks_module, "SETTLE", 0.0)
+    """Wait for nobody long."""
     monkeypatch.setattr(locks_module, "RETRY_EVERY", 0.01)
 
 
@@ -140,6 +140,8 @@ def store_one(repository: Repository) -> None:
 def test_before_anything_is_stored_the_moment_is_waited_out(
     repository: Repository, unsettled: RepositoryLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In a store where the other one's lock may show a moment later only."""
+    monkeypatch.setattr(repository.store, "shows_late", True)
     monkeypatch.setattr(locks_module, "SETTLE", 60.0)
     other = repository.lock()
     other.acquire(settle=False)
@@ -178,6 +180,50 @@ def test_who_came_and_went_at_the_same_time_is_seen_by_what_was_deleted(reposito
             store_one(repository)
     finally:
         lock.release()
+    assert not names(repository)
+
+
+def test_a_directory_shows_a_lock_at_once(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks_module, "SETTLE", 60.0)
+    begin = time.monotonic()
+    with repository.lock():
+        store_one(repository)
+    assert time.monotonic() - begin < 30
+
+
+def test_a_store_that_shows_late_is_given_a_moment(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repository.store, "shows_late", True)
+    lock = repository.lock()
+    with mock.patch.object(lock._stop, "wait", wraps=lambda seconds: False) as waited:
+        lock.acquire()
+    lock.release()
+    assert waited.call_args_list[0].args == (locks_module.SETTLE,)
+
+
+def test_of_two_at_the_same_time_at_most_one_has_it(repository: Repository, tmp_path: Path) -> None:
+    """In a directory, where nobody waits: an exclusive lock and a shared one, begun at the same moment."""
+    together, outcomes = threading.Barrier(2), set()
+    other = open_repository(tmp_path)
+
+    def attempt(one: Repository, exclusive: bool) -> bool:
+        lock = one.lock(exclusive=exclusive)
+        together.wait(30)
+        try:
+            lock.acquire()
+        except RepositoryLocked:
+            got = False
+        else:
+            got = True
+        together.wait(30)
+        lock.release()
+        return got
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(100):
+            prune, backup = pool.submit(attempt, repository, True), pool.submit(attempt, other, False)
+            outcomes.add((prune.result(), backup.result()))
+    assert (True, True) not in outcomes
+    assert len(outcomes) > 1, "they met always alike"
     assert not names(repository)
 
 

@@ -19,6 +19,7 @@ class CachedStore:
         self._inner = inner
         self._folder = folder
         self.location = inner.location
+        self.shows_late = inner.shows_late
 
     def create(self) -> None:
         """As the inner store does."""

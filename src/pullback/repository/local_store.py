@@ -38,6 +38,8 @@ _READING = ("read from", "list", "look into")
 class LocalStore:
     """A Store in the directory `root`."""
 
+    shows_late = False
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self.location = str(root)

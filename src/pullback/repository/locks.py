@@ -4,9 +4,9 @@
     shared      writers and readers, any number of them
     exclusive   whoever deletes (prune), alone
 
-To take one: look for a lock in the way, write ours, wait a moment, look again; of two who did so at once at least
-one sees the other and takes its own back.  The moment is for stores that show late what was written.  A backup goes
-on in it (acquire with settle=False): it reads, and looks again before it stores anything.
+To take one: look for a lock in the way, write ours, look again; of two who did so at once at least one sees the other
+and takes its own back.  Where a store may show late what was written, a moment is waited in between.  A backup goes on
+in it (acquire with settle=False): it reads, and looks once more before it stores anything.
 
 A lock is a promise to say every five minutes that one is alive: after 30 minutes of silence it counts for nothing.
 
@@ -39,6 +39,7 @@ STALE_AFTER = timedelta(minutes=30)
 REFRESH_EVERY = 300.0
 # Without a refresh for this long we must assume that others will soon take our lock for stale.
 LOST_AFTER = 25 * 60.0
+#: For stores that show late what was written.
 SETTLE = 0.2
 RETRY_EVERY = 5.0
 
@@ -161,6 +162,7 @@ class RepositoryLock:
         self._waiting = waiting
         self._acquired = acquired
         self._refresh_every = refresh_every
+        self._moment = SETTLE if store.shows_late else 0.0
         self._account = current_account()
         self._name: str | None = None
         self._confirmed = 0.0
@@ -251,11 +253,11 @@ class RepositoryLock:
         if (other := self._in_the_way()) is not None:
             return other
         name = self._write()
-        until = time.monotonic() + SETTLE
+        until = time.monotonic() + self._moment
         settled = False
         try:
             if settle:
-                self._stop.wait(SETTLE)
+                self._stop.wait(self._moment)
             other = self._in_the_way(but=name)
             self._unsettled = None if settle else (until, self._index_files())
             settled = other is None

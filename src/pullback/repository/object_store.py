@@ -54,6 +54,8 @@ class ObjectStore:
     `at_first` is the same one with less patience, for use until it has answered.
     """
 
+    shows_late = True
+
     def __init__(self, store: AnyStore, location: str, at_first: AnyStore | None = None) -> None:
         self._patient = store
         self._at_first = at_first

@@ -34,9 +34,13 @@ class FileKind(StrEnum):
 
 
 class Store(Protocol):
-    """Where repository files live; every method may be called from any thread."""
+    """Where repository files live; every method may be called from any thread.
+
+    ``shows_late`` says that what another program wrote may be seen a moment later only.
+    """
 
     location: str
+    shows_late: bool
 
     def create(self) -> None:
         """Prepare an empty repository's directories; what stands there already stays."""
