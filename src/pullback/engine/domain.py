@@ -316,8 +316,9 @@ class Domain:
         facts = await self.facts()
         stale = stale_snapshots(facts)
         cleared = [f"snapshot {snapshot}, which nobody uses" for snapshot in clearable(facts)]
-        await uncancelled(self.session.run(remove_snapshots(facts, stale)))
-        facts = await self.facts()
+        if plan := remove_snapshots(facts, stale):
+            await uncancelled(self.session.run(plan))
+            facts = await self.facts()
         if (server := current_server(facts)) is not None and idle_server(facts):
             cleared.append(f"the NBD server at {server.place}, which serves nobody")
             await uncancelled(self.session.run(stop_exports(facts, ())))
