@@ -28,6 +28,7 @@ class DictStore:
     """A store in a dictionary: quick to copy and to damage."""
 
     location = "dict"
+    shows_late = False
 
     def __init__(self) -> None:
         self.files: dict[tuple[FileKind, str], bytes] = {}
