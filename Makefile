@@ -11,7 +11,7 @@ help:
 	@echo '             all tests against a newer QEMU, unpacked into .cache (root or sudo; see docs/testing.md)'
 	@echo 'make soak SECONDS=600'
 	@echo '             random lives of a domain against a model of its bytes; SEED=… lives one again'
-	@echo 'make mutants changes decisions one by one and tells no test noticed (a quarter of an hour)'
+	@echo 'make mutants changes decisions one by one and tells which no test noticed (a quarter of an hour)'
 	@echo 'make bench   pullback against other programs, some hours on two cores; CASE=… SIZE=… ROUNDS=…'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make clean   remove everything that was made here'
