@@ -155,6 +155,7 @@ class Reporter:
                 TextColumn("{task.fields[rate]}"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
+                refresh_per_second=4,
             )
             self._bar.start()
             self._task = self._bar.add_task(event.work, total=event.total, rate="")
