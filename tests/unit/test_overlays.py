@@ -29,11 +29,11 @@ def names(directory: Path) -> set[str]:
     return {str(path.relative_to(directory)) for path in directory.rglob("*")}
 
 
-def test_a_file_system_without_links_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_links_is_left_as_it_was(lab_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stood there before stays, also of the same restore: a domain may have written to it."""
-    place, (first,) = begun(tmp_path, "vda")
+    place, (first,) = begun(lab_dir, "vda")
     place.prepare([first])
-    before = names(tmp_path)
+    before = names(lab_dir)
     link = os.link
 
     def some_links(source: Path, target: Path) -> None:
@@ -42,12 +42,12 @@ def test_a_file_system_without_links_is_left_as_it_was(tmp_path: Path, monkeypat
         link(source, target)
 
     monkeypatch.setattr(os, "link", some_links)
-    place, overlays = begun(tmp_path, "vda", "vdb", "vdc")
+    place, overlays = begun(lab_dir, "vda", "vdb", "vdc")
     with pytest.raises(RestoreError, match=r"Operation not permitted\. Nothing was written\. .*hard links") as told:
         place.prepare(overlays)
     assert told.value.exit_code == 9
-    assert names(tmp_path) == before
-    other = tmp_path / "other"
+    assert names(lab_dir) == before
+    other = lab_dir / "other"
     other.mkdir()
     place, overlays = begun(other, "vdc")
     with pytest.raises(RestoreError):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import random
 import signal
 import socket
 import threading
@@ -41,7 +42,7 @@ REFRESH_EVERY = 300.0
 LOST_AFTER = 25 * 60.0
 #: For stores that show late what was written.
 SETTLE = 0.2
-RETRY_EVERY = 5.0
+RETRY_EVERY = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +209,8 @@ class RepositoryLock:
             if self._waiting and holder != told:
                 told = holder
                 self._waiting(f"Waiting for the repository, which is locked {other.describe()}")
-            self._stop.wait(min(RETRY_EVERY, left))
+            # Not in step with one who takes it again and again.
+            self._stop.wait(min(RETRY_EVERY * random.uniform(0.5, 1.0), left))
         if self._acquired:
             self._acquired()
         self._thread = threading.Thread(target=self._keep_fresh, name="pullback-lock", daemon=True)
