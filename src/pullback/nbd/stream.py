@@ -12,11 +12,16 @@ import socket
 import ssl
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from pullback.nbd.address import Address, UnixAddress
 
 _TIMEVAL = struct.Struct("ll")
+#: SO_SNDBUFFORCE (socket(7)): beyond what the system gives everybody; Python has no name for it.
+_FORCE = 32
+#: Bytes that are sent without waiting for the peer: some chunks of a restore (measured: 6 % of its time).
+_SEND_BUFFER = 1 << 20
 _MIB = 1 << 20
 
 
@@ -139,6 +144,8 @@ def connect_socket(address: Address, timeout: float) -> socket.socket:
         # Python's own time limit makes the socket non-blocking, and such a connect() fails at once when the
         # server's queue is full, instead of waiting for its turn.
         _set_kernel_timeout(sock, socket.SO_SNDTIMEO, timeout)
+        with suppress(OSError):  # only root may
+            sock.setsockopt(socket.SOL_SOCKET, _FORCE, _SEND_BUFFER)
         sock.connect(address.path)
     except BlockingIOError:
         sock.close()
