@@ -67,6 +67,7 @@ class Stopping(Life):
             until = time.monotonic() + STOPPED
             self.go_on()
             while time.monotonic() < until:
+                # A guest's pace; nothing is waited for.
                 time.sleep(0.2)
                 self.go_on()
             os.kill(child, signal.SIGCONT)

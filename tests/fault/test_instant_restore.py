@@ -272,7 +272,9 @@ def test_what_is_there_is_left_alone(world: World) -> None:
 
 def test_images_that_are_removed_end_it_in_words(world: World) -> None:
     with world.restoring() as server:
-        shutil.rmtree(world.to)
+        # At once: file by file, it would race with the server's own removal of its socket.
+        gone = world.to.rename(world.to.with_name("gone"))
+        shutil.rmtree(gone)
         assert server.process.wait(60) == 9
         assert not server.read("streamed")
         assert "cannot read" in server.events[-1]["message"]

@@ -161,8 +161,10 @@ def test_who_came_at_the_same_time_is_seen_before_anything_is_stored(
     """The other one's lock was written before ours and shows only now: it did not see ours and may be deleting."""
     plant(repository, exclusive=True)
     for _ in range(2):
-        with pytest.raises(RepositoryLocked):
+        with pytest.raises(RepositoryLocked) as refused:
             store_one(repository)
+        # Disks were frozen and read by then.
+        assert refused.value.means == "This backup was not stored; those stored earlier are untouched."
     with pytest.raises(RepositoryLocked):
         unsettled.check()
     assert not list(repository.store.list(FileKind.DATA))

@@ -44,6 +44,8 @@ LOST_AFTER = 25 * 60.0
 SETTLE = 0.2
 RETRY_EVERY = 1.0
 
+_NOT_STORED = "This backup was not stored; those stored earlier are untouched."
+
 
 @dataclass(frozen=True, slots=True)
 class Account:
@@ -203,7 +205,7 @@ class RepositoryLock:
         while (other := self._try(settle)) is not None:
             left = deadline - time.monotonic()
             if left <= 0 or self._given_up:
-                raise self._refusal(other)
+                raise self._refusal(other, means="Nothing was read or written.")
             # Not its time: who holds a lock long refreshes it every few minutes.
             holder = replace(other, time=datetime.min)
             if self._waiting and holder != told:
@@ -221,10 +223,10 @@ class RepositoryLock:
         self._given_up = True
         self._stop.set()
 
-    def _refusal(self, other: LockFile) -> RepositoryLocked:
+    def _refusal(self, other: LockFile, means: str) -> RepositoryLocked:
         return RepositoryLocked(
             f"The repository {self._store.location} is locked {other.describe()}",
-            means="Nothing was read or written.",
+            means=means,
             todo="Wait until that is done (--lock-retry waits for you). If that process is certainly gone,"
             " restic unlock removes its lock.",
         )
@@ -241,7 +243,7 @@ class RepositoryLock:
             self._stop.wait(max(0.0, until - time.monotonic()))
             if (other := self._in_the_way(but=self._name)) is not None:
                 self._lost = "another program took one at the same time"
-                raise self._refusal(other)
+                raise self._refusal(other, means=_NOT_STORED)
             if not index_files <= self._index_files():
                 self._lost = "another program deleted something just when it was taken"
             else:
@@ -334,7 +336,7 @@ class RepositoryLock:
         if self._lost is not None:
             raise RepositoryLocked(
                 f"The lock on the repository {self._store.location} was lost: {self._lost}",
-                means="This backup was not stored; those stored earlier are untouched.",
+                means=_NOT_STORED,
                 todo="Run it again.",
             )
 
