@@ -143,9 +143,11 @@ def test_a_qemu_dies_with_whoever_started_it(image: Path) -> None:
     top = Path(images.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", script, image], cwd=top, capture_output=True, text=True, check=False)
     pid, directory = done.stdout.split()
-    shutil.rmtree(directory)
-    command = Path(f"/proc/{pid}/cmdline")  # empty while nobody has collected the dead process
-    wait_for(lambda: not command.exists() or not command.read_bytes(), "the end of the orphan", timeout=5)
+    try:
+        command = Path(f"/proc/{pid}/cmdline")  # empty while nobody has collected the dead process
+        wait_for(lambda: not command.exists() or not command.read_bytes(), "the end of the orphan", timeout=5)
+    finally:
+        shutil.rmtree(directory)
 
 
 def test_start_up_is_fast(bare_qemu: Start, image: Path) -> None:
