@@ -161,6 +161,13 @@ class RestoreError(PullbackError):
 
     exit_code = 9
 
+    @classmethod
+    def no_space(cls) -> RestoreError:
+        """What it means when the images' file system is full."""
+        return cls(
+            "there is no space left for the images", todo="Make room, and run the same command again: it goes on."
+        )
+
 
 class TargetExists(RestoreError):
     """The target holds files that a restore would overwrite."""

@@ -6,6 +6,7 @@ The points are counted, not listed: what a restore does today is what is tried.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -253,6 +254,17 @@ def test_a_full_disk(kept: Kept, lab_dir: Path) -> None:
         if "mount" in str(error):
             pytest.skip(f"cannot mount: {error}")
         raise
+
+
+@pytest.mark.fault(Fault.TARGET_FULL)
+def test_no_space_for_the_state_beside_an_image(kept: Kept, lab_dir: Path) -> None:
+    """The image may take the last block, or the state."""
+    backup = kept.store({"vda": some_disk(MIB, 3)})
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch.object(os, "fsync", side_effect=full), pytest.raises(RestoreError, match="it goes on"):
+        kept.restore(backup, lab_dir / "to")
+    kept.restore(backup, lab_dir / "to")
+    kept.judge(backup, lab_dir / "to")
 
 
 def stopped(kept: Kept, backup: str, to: Path) -> None:

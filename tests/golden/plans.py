@@ -56,7 +56,7 @@ def _newer_job(facts: Facts) -> Plan:
     """Jobs where QEMU knows on-cbw-error."""
     parts = freeze_parts(facts, SNAPSHOT, ["vda", "vdb"], "/var/tmp/pullback", "", "D")
     frozen = freeze(parts, tracked_of(parts), "D", "job", running=True, break_snapshot=True)
-    return prepare_snapshot(parts) + frozen + open_access(parts)
+    return prepare_snapshot(parts, map_saved=False) + frozen + open_access(parts)
 
 
 def _remove(facts: Facts, **remove: str) -> Plan:

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from lab.qemu import BareQemu, qemu_version
+from lab.qemu import BareQemu
 from pullback.engine.events import DiskPlanned, Event, Frozen
-from pullback.nbd.client_codec import ClientCodec
 from pullback.qemu.monitor import Monitor
 from tests.support.dying import changes_something
 from tests.support.product import KIB, MIB, Stage, chain, leftovers, reference, references, same
@@ -257,28 +256,3 @@ def test_a_disk_larger_than_a_segment(lab_dir: Path, bare_qemu: Start) -> None:
     second = stage.backup(qemu)
     assert second.bytes_read == 256 * KIB
     assert stage.contents(second.id)["vda"] == reference(qemu)
-
-
-def test_no_read_crosses_a_saved_unit_on_an_old_qemu(
-    lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """QEMU before 8.0 answers a read that begins in saved data and ends beyond it with new data."""
-    asked: list[tuple[int, int]] = []
-    ask = ClientCodec.read
-
-    def recorded(self: ClientCodec, offset: int, buffer: memoryview) -> tuple[int, bytes]:
-        asked.append((offset, len(buffer)))
-        return ask(self, offset, buffer)
-
-    monkeypatch.setattr(ClientCodec, "read", recorded)
-    stage = Stage(lab_dir)
-    qemu = bare_qemu([stage.disk("vda", ODD)])
-    qemu.device_write("vda", 0, 3 * MIB, 0xB1)
-    qemu.device_write("vda", ODD - 512, 512, 0xB2)
-    stage.backup(qemu)
-    old = qemu_version() < (8, 0, 0)
-    crossing = [
-        (offset, length) for offset, length in asked if offset // (64 * KIB) != (offset + length - 1) // (64 * KIB)
-    ]
-    assert asked
-    assert (crossing == []) == old

@@ -54,11 +54,11 @@ def failing_scratch(qemu: BareQemu, name: str = "scratch") -> str:
     return name
 
 
-def freeze(qemu: BareQemu, target: str, below: str = "node-vda", name: str = "filter") -> str:
+def freeze(qemu: BareQemu, target: str, below: str = "node-vda", name: str = "filter", **more: object) -> str:
     """A filter between the device and ``below``, and its frozen view ``NAME-access``."""
     device = qemu.qdev("vda")
-    broken = {"on-cbw-error": "break-snapshot"}
-    qemu.qmp("blockdev-add", broken, driver="copy-before-write", node_name=name, file=below, target=target)
+    more["on-cbw-error"] = "break-snapshot"
+    qemu.qmp("blockdev-add", more, driver="copy-before-write", node_name=name, file=below, target=target)
     qemu.qmp("qom-set", path=device, property="drive", value=name)
     qemu.qmp("blockdev-add", driver="snapshot-access", node_name=f"{name}-access", file=name, discard="unmap")
     return f"{name}-access"
@@ -122,6 +122,31 @@ def test_block_status_across_a_zeroed_range_is_wrong_before_8_0(bare_qemu: Start
         first = disk.block_status(0, 128 * KIB, "base:allocation")[0]
     zero_first = bool(first[1] & 2)
     assert zero_first == (version_of(qemu) < (8, 0))
+
+
+def test_a_bitmap_on_the_scratch_notes_all_that_is_saved(bare_qemu: Start, stage: Stage) -> None:
+    """Also old zeroes, of which the scratch may keep nothing else; and before the domain's write returns."""
+    qemu = written(bare_qemu, stage)
+    view = freeze(qemu, scratch(qemu, stage.place), discard="unmap")
+    qemu.qmp("block-dirty-bitmap-add", node="scratch", name="saved", granularity=64 * KIB)
+    with export(qemu, view):
+        with pytest.raises(QmpError, match=r"read-?only"):
+            qemu.qmp("block-export-add", id="s", type="nbd", node_name="scratch", name="s", bitmaps=["saved"])
+        qemu.qmp(
+            "block-export-add", id="s", type="nbd", node_name="scratch", name="s", bitmaps=["saved"], writable=True
+        )
+        address, context = UnixAddress(str(qemu.directory / "nbd")), "qemu:dirty-bitmap:saved"
+        with NbdConnection.connect(address, "s", contexts=[context]) as saved:
+            assert list(saved.marked(context, 0, SIZE, 1)) == []
+            for write, at in (
+                (lambda at: qemu.device_write("vda", at, 512), 0),
+                (lambda at: qemu.device_zero("vda", at, 4096), 128 * KIB),
+                (lambda at: qemu.device_zero("vda", at, 64 * KIB, unmap=True), 256 * KIB),
+                (lambda at: qemu.device_discard("vda", at, 64 * KIB), 384 * KIB),
+                (lambda at: qemu.device_write("vda", at, 512), 2 * MIB),  # where nothing was
+            ):
+                write(at)
+                assert (at, 64 * KIB) in list(saved.marked(context, 0, SIZE, 1))
 
 
 def test_a_range_let_go_cannot_be_read_and_its_scratch_is_freed(bare_qemu: Start, stage: Stage) -> None:

@@ -63,7 +63,7 @@ def snapshot(
     if view is None:
         view = snapshot_id.startswith(PUBLIC) and facts.version < FROZEN_VIEW_EXACT
     parts = freeze_parts(facts, snapshot_id, targets, directory, name, checkpoint)
-    plan = prepare_snapshot(parts)
+    plan = prepare_snapshot(parts, map_saved=facts.version < FROZEN_VIEW_EXACT)
     plan += freeze(parts, tracked_of(parts), checkpoint, method, running=facts.running)
     plan += open_access(parts)
     for part in parts if view else ():

@@ -10,11 +10,11 @@ import pytest
 
 from pullback.model.chain import bitmap_name, read_chain
 from pullback.model.facts import Disk
-from pullback.model.snapshots import snapshot_mark
+from pullback.model.snapshots import SAVED_MAP, snapshot_mark
 from pullback.plan.checkpoint import NodeChain
 from pullback.plan.command import JobConcluded, Paused, Plan
 from pullback.plan.freeze import MARK_GRANULARITY, FreezePart, freeze, open_access, prepare_snapshot
-from pullback.plan.method import Method
+from pullback.plan.method import SAVED_UNIT, Method
 from tests.support.values import SIZE, bitmap, disk, node, part
 
 
@@ -106,7 +106,7 @@ def test_a_second_snapshot_goes_on_top_of_the_first():
 
 
 def test_the_scratch_is_made_by_qemu_before_anything_else():
-    create, add, mark = prepare_snapshot(ONE).commands()
+    create, add, mark = prepare_snapshot(ONE, map_saved=False).commands()
     assert (create.execute, create.arguments["job-id"]) == ("blockdev-create", "pullback-b00000001-0-create")
     assert create.arguments["options"] == {"driver": "file", "filename": "/var/tmp/scratch-0", "size": SIZE}
     assert create.wait == JobConcluded(create.arguments["job-id"])
@@ -117,11 +117,24 @@ def test_the_scratch_is_made_by_qemu_before_anything_else():
         "discard": "unmap",
     }
     assert mark.arguments["node"] == ONE[0].scratch
-    assert len(list(prepare_snapshot(TWO).commands())) == 6
+    assert len(list(prepare_snapshot(TWO, map_saved=False).commands())) == 6
+
+
+def test_where_views_are_not_exact_a_bitmap_records_what_is_saved():
+    *first, one, other = prepare_snapshot(TWO, map_saved=True).commands()
+    assert first == list(prepare_snapshot(TWO, map_saved=False).commands())
+    assert [step.execute for step in (one, other)] == ["block-dirty-bitmap-add"] * 2
+    assert one.arguments == {
+        "node": TWO[0].scratch,
+        "name": SAVED_MAP,
+        "persistent": False,
+        "granularity": SAVED_UNIT,
+    }
+    assert other.arguments["node"] == TWO[1].scratch
 
 
 def test_the_mark_says_whose_the_scratch_is_and_records_nothing():
-    *_, mark = prepare_snapshot(ONE).commands()
+    *_, mark = prepare_snapshot(ONE, map_saved=False).commands()
     assert mark.arguments == {
         "node": ONE[0].scratch,
         "name": ONE[0].mark.bitmap_name(),
@@ -239,7 +252,7 @@ def test_names_fit_into_qemus(number: int):
 
 @pytest.mark.parametrize("method", ["filter", "job"])
 def test_every_command_says_why(method: Method):
-    plans = prepare_snapshot(TWO) + freeze(TWO, of(TWO), "B", method, running=True) + open_access(TWO)
+    plans = prepare_snapshot(TWO, map_saved=True) + freeze(TWO, of(TWO), "B", method, running=True) + open_access(TWO)
     assert all(step.why for step in plans.commands())
     assert bool(plans)
     assert not Plan()

@@ -28,7 +28,7 @@ from pullback.model.snapshots import (
 from pullback.nbd.address import Address, TcpAddress, UnixAddress
 from pullback.plan.cleanup import stop_exports
 from pullback.plan.command import Plan
-from pullback.plan.export import ExportPart, disown_server, idle_server, need_server, start_export
+from pullback.plan.export import ExportPart, disown_server, idle_server, need_server, saved_part, start_export
 from pullback.plan.method import refuse_export
 from pullback.plan.selection import select_disks
 from pullback.qemu.cancelling import uncancelled
@@ -63,7 +63,7 @@ class ExportRequest:
     ``address`` may be a TCP one with port 0 (a free one is taken).  ``tls`` is a directory with ca-cert.pem,
     server-cert.pem and server-key.pem; TCP without it needs ``insecure``.  ``names`` are export names by target; the
     target itself where nothing is said.  ``direct`` gives QEMU's plain frozen view, for a reader that knows its limits,
-    and ``saved`` the scratch beside it.
+    and ``saved`` the scratch beside it, before QEMU 8.0 and with ``writable`` with the map of what was saved to it.
     """
 
     address: Address
@@ -203,7 +203,7 @@ async def start_snapshot_export(session: Session, snapshot: Snapshot, request: E
     ]
     _refuse_trims(request, parts)
     if request.saved:
-        parts += [_saved(part) for part in parts]
+        parts += [saved_part(facts, part, request.writable) for part in parts]
     return await start_parts(session, facts, parts, request, writable=request.writable)
 
 
@@ -232,11 +232,6 @@ def _refuse_trims(request: ExportRequest, parts: Sequence[ExportPart]) -> None:
             means="Nothing was exported; its scratch keeps old data until the snapshot is deleted.",
             todo="Leave --writable out, every client can read it; or run the domain with QEMU 8.0 or newer.",
         )
-
-
-def _saved(part: ExportPart) -> ExportPart:
-    """The scratch of a disk beside its frozen view; no disk's own name holds a slash."""
-    return ExportPart(part.names, part.target, part.names.node("scratch"), part.disk_node, f"{part.name}/saved")
 
 
 def changes_of(

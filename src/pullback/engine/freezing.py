@@ -201,7 +201,7 @@ async def _carry_out(
     with _scratch_paths(session, request, disks) as paths:
         parts = [_part(snapshot, disk, paths[disk.target]) for disk in disks]
         try:
-            await session.run(prepare_snapshot(parts))
+            await session.run(prepare_snapshot(parts, map_saved=facts.version < FROZEN_VIEW_EXACT))
         except CommandFailed as error:
             raise Refused(
                 f"QEMU cannot make a scratch image in {request.scratch or DEFAULT_BASE}: {error.desc}",

@@ -14,10 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pullback.engine.rate import Rate
-from pullback.engine.reading import IN_FLIGHT, REQUEST, Connections, FrozenDisk, Readers, Window, cut, submit, wait
+from pullback.engine.reading import IN_FLIGHT, REQUEST, Asking, Connections, FrozenDisk, Readers, Window, cut, wait
 from pullback.model.extents import Span
 from pullback.model.units import CHUNK, MIB
-from pullback.nbd.blocking import NbdConnection
 from pullback.plan.grid import Grid, Places
 from pullback.plan.pull import Act, Run, SegmentPull
 from pullback.repository.blob import BlobId, BlobKind, blob_id
@@ -189,25 +188,29 @@ class _Line:
 
     def carry(self, batch: _Batch, connections: Connections) -> None:
         """Read a batch and store what is in it."""
-        if not batch.span.length or self._read(batch, connections.to(batch.segment.source.frozen)):
+        if not batch.span.length or self._read(batch, connections):
             self._pull.finish_segment(batch.segment, self._writer)
 
-    def _read(self, batch: _Batch, connection: NbdConnection) -> bool:
+    def _read(self, batch: _Batch, connections: Connections) -> bool:
         """Read a batch and store what is in it; whether its segment is complete now."""
         frozen = batch.segment.source.frozen
+        connection = connections.to(frozen)
+        asking = Asking(frozen, batch.span, connections, self._pull.rate)
         reads = deque(cut(batch.span, REQUEST))
         flying: dict[int, Window | None] = {}
         complete = False
         while reads or flying:
             while reads and self._free:
                 window = Window(reads.popleft(), self._free.pop())
-                for cookie in submit(connection, window, frozen.unit, self._pull.rate):
-                    flying[cookie] = window
+                flying.update(dict.fromkeys(asking.submit(window), window))
             arrived = flying.pop(wait(connection, frozen))
             if arrived is None:
                 continue
             arrived.requests -= 1
             if arrived.requests:
+                continue
+            if once_more := asking.again(arrived):
+                flying.update(dict.fromkeys(once_more, arrived))
                 continue
             complete = self._store(batch.segment, arrived.span, arrived.buffer)
             self._free.append(arrived.buffer)

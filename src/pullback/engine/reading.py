@@ -3,6 +3,10 @@
 
 Whoever reads cuts the work into batches.  A thread takes one after the other and carries it from end to end; there is
 no hand-over between threads.  The first failure ends them all.
+
+Before QEMU 8.0 a request that meets saved data, and ends beyond it, is answered with the domain's new data
+(``plan.method.SAVED_UNIT``).  Old data is in the scratch, and a bitmap says so, before the domain's write is carried
+out: a request of any length was answered right if that bitmap, asked after the answer, has nothing of its range.
 """
 
 from __future__ import annotations
@@ -16,22 +20,32 @@ from typing import Generic, TypeVar
 
 from pullback.engine.rate import Rate
 from pullback.errors import NbdRefused, PullbackError, SnapshotBroken
-from pullback.model.extents import Span
+from pullback.model.extents import FLAG_DIRTY, Span
+from pullback.model.snapshots import SAVED_MAP
 from pullback.model.units import KIB, align_up
 from pullback.nbd.address import Address
 from pullback.nbd.blocking import NbdConnection
+from pullback.plan.export import saved_name
 
 #: Bytes asked for in one NBD request, and so many under way on one connection.  Of 1 MiB, QEMU takes twice the
 #: processor time: its buffers are larger than the processor's cache.
 REQUEST = 512 * KIB
 IN_FLIGHT = 4
 
+_SAVED = f"qemu:dirty-bitmap:{SAVED_MAP}"
+#: What is no longer than this is read unit by unit: looking at the map costs as much as two requests.
+_WORTH_A_LOOK = 128 * KIB
+
 Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True, slots=True)
 class FrozenDisk:
-    """Where a frozen disk is read: its target, its export, and no request crosses a multiple of ``unit`` bytes."""
+    """Where a frozen disk is read: its target, its export.
+
+    No request crosses a multiple of ``unit`` bytes, if it is to be right whatever the domain writes; where that is less
+    than ``REQUEST``, the disk's scratch is exported too, as ``saved_name(export)``.
+    """
 
     target: str
     address: Address
@@ -41,11 +55,12 @@ class FrozenDisk:
 
 @dataclass(slots=True)
 class Window:
-    """A buffer being filled; ``requests`` of its reads are under way."""
+    """A buffer being filled; ``requests`` of its reads are under way, ``wide`` ones if longer than the disk's unit."""
 
     span: Span
     buffer: bytearray
     requests: int = 0
+    wide: bool = False
 
 
 class Readers(Generic[Batch]):
@@ -113,9 +128,16 @@ class Connections:
 
     def to(self, disk: FrozenDisk) -> NbdConnection:
         """The connection to a disk's export."""
-        found = self._open.get(disk.target)
+        return self._to(disk.address, disk.export)
+
+    def to_saved(self, disk: FrozenDisk) -> NbdConnection:
+        """The connection to the export of a disk's scratch, with the map of what is saved."""
+        return self._to(disk.address, saved_name(disk.export), _SAVED)
+
+    def _to(self, address: Address, export: str, *contexts: str) -> NbdConnection:
+        found = self._open.get(export)
         if found is None:
-            found = self._open[disk.target] = NbdConnection.connect(disk.address, disk.export)
+            found = self._open[export] = NbdConnection.connect(address, export, contexts=contexts)
             self._opened(found)
         return found
 
@@ -147,6 +169,45 @@ def submit(connection: NbdConnection, window: Window, unit: int, rate: Rate) -> 
         cookies += connection.submit_reads(several)
     window.requests = len(cookies)
     return cookies
+
+
+class Asking:
+    """How one thread asks for the windows of ``span``: in long requests where they are answered right.
+
+    A window whose ``requests`` all were answered is right if ``again`` asks for nothing more.
+    """
+
+    def __init__(self, disk: FrozenDisk, span: Span, connections: Connections, rate: Rate) -> None:
+        self._disk = disk
+        self._rate = rate
+        self._connection = connections.to(disk)
+        # Below a limit, long requests take long, and asking twice counts twice.
+        careful = disk.unit < REQUEST and not rate.limited and span.length > _WORTH_A_LOOK
+        self._map = connections.to_saved(disk) if careful else None
+        self._known = self._saved(span) if span.length > REQUEST else []
+
+    def submit(self, window: Window) -> list[int]:
+        """Ask for what fills the window; the cookies of its requests."""
+        begin, length = window.span
+        meets = any(offset < begin + length and begin < offset + size for offset, size in self._known)
+        window.wide = self._map is not None and length > _WORTH_A_LOOK and not meets
+        return submit(self._connection, window, REQUEST if window.wide else self._disk.unit, self._rate)
+
+    def again(self, window: Window) -> list[int]:
+        """Ask once more for a window whose answers may be wrong; nothing if they are right."""
+        if not window.wide or not self._saved(window.span):
+            return []
+        window.wide = False
+        return submit(self._connection, window, self._disk.unit, self._rate)
+
+    def _saved(self, span: Span) -> list[tuple[int, int]]:
+        """What of a range was saved by now."""
+        if self._map is None:
+            return []
+        try:
+            return list(self._map.marked(_SAVED, span.offset, span.length, FLAG_DIRTY))
+        except NbdRefused as error:
+            raise read_failed(self._disk.target, error) from error
 
 
 def wait(connection: NbdConnection, disk: FrozenDisk) -> int:

@@ -136,9 +136,7 @@ class Writing(Work[Read]):
 
     def explain(self, error: PullbackError) -> PullbackError:
         if isinstance(error, NbdRefused) and error.errno == errno.ENOSPC:
-            return RestoreError(
-                "there is no space left for the images", todo="Make room, and run the same command again: it goes on."
-            )
+            return RestoreError.no_space()
         return error
 
     def keep_what_is_written(self) -> None:

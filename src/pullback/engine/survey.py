@@ -21,6 +21,7 @@ from pullback.model.units import CHUNK, align_up
 from pullback.nbd.address import Address
 from pullback.nbd.backend import Buffer
 from pullback.nbd.blocking import NbdConnection
+from pullback.plan.export import saved_name
 from pullback.plan.grid import DiskGrid, Grid, Slot, read_grid
 from pullback.plan.method import SAVED_UNIT
 from pullback.plan.prove import Proof, Prove, plan_proof
@@ -71,11 +72,6 @@ class Offered:
     target: str
     size: int
     exact: bool = True
-
-
-def saved_name(export: str) -> str:
-    """The name of the export of a disk's scratch; no disk's own name holds a slash."""
-    return f"{export}/saved"
 
 
 def _dirty(disk: Offered, checkpoint: str) -> list[Span]:
@@ -137,9 +133,10 @@ def survey(
     # Drawn before anything is let go: what was let go cannot be read any more.
     proof = plan_proof(prove, fetch, disk.size, _draw) if prove else None
     reads = _reads(disk, fetch, grid, proof)
-    unit = REQUEST if disk.exact else SAVED_UNIT
     segments = plan_segments(fetch, reads, grid)
-    source = DiskPull(FrozenDisk(disk.target, disk.address, disk.export, unit), segments, known.changed)
+    unit = REQUEST if disk.exact else SAVED_UNIT
+    frozen = FrozenDisk(disk.target, disk.address, disk.export, unit)
+    source = DiskPull(frozen, segments, known.changed)
     return Survey(source, reads, known.kept, distrust, proof)
 
 

@@ -131,8 +131,7 @@ class Target:
     def _save_state(self) -> None:
         new = self.state_file.with_name(f"{self.state_file.name}.new")
         try:
-            with suppress(FileNotFoundError):
-                new.unlink()
+            new.unlink(missing_ok=True)
             with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(self.state.to_bytes())
                 file.flush()
@@ -142,6 +141,8 @@ class Target:
         except OSError as error:
             with suppress(OSError):
                 new.unlink()
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise RestoreError.no_space() from error
             raise RestoreError(
                 f"cannot write {self.state_file}: {error.strerror}", todo="Name another directory with --to."
             ) from error

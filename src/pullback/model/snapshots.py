@@ -49,6 +49,9 @@ _UNFINISHED_MARK = "pullback-restoring:"
 #: On the scratch nodes of a snapshot that was made while the guest's file systems were frozen.
 FROZEN_MARK = "pullback-frozen:[]"
 
+#: The bitmap on a scratch that records what old data was saved to it, where QEMU's frozen views are not exact.
+SAVED_MAP = "pullback-saved"
+
 
 @dataclass(frozen=True, slots=True)
 class SnapshotMark:

@@ -14,7 +14,15 @@ from typing import Any
 from pullback.errors import DomainBusy, Refused
 from pullback.model.chain import Edge
 from pullback.model.facts import Facts
-from pullback.model.snapshots import Names, ServerMark, current_server, foreign_exports, server_mark
+from pullback.model.snapshots import (
+    FROZEN_VIEW_EXACT,
+    SAVED_MAP,
+    Names,
+    ServerMark,
+    current_server,
+    foreign_exports,
+    server_mark,
+)
 from pullback.plan.command import ExportDeleted, Plan, Step, transaction
 from pullback.plan.freeze import add_mark
 
@@ -26,7 +34,8 @@ class ExportPart:
     """One disk to export.
 
     ``node`` is its frozen view (or, for writing, its own node) and ``disk_node`` the node its bitmaps are on.  Each of
-    ``since`` is a checkpoint with the edges that lead from it to the frozen instant.
+    ``since`` is a checkpoint with the edges that lead from it to the frozen instant; ``maps`` are bitmaps that ``node``
+    has already.
     """
 
     names: Names
@@ -35,10 +44,28 @@ class ExportPart:
     disk_node: str
     name: str
     since: tuple[tuple[str, tuple[Edge, ...]], ...] = ()
+    maps: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
         return self.names.export(self.name, [checkpoint for checkpoint, _ in self.since])
+
+
+def saved_name(export: str) -> str:
+    """The name of the export of a disk's scratch; no disk's own name holds a slash."""
+    return f"{export}/saved"
+
+
+def saved_part(facts: Facts, part: ExportPart, writable: bool) -> ExportPart:
+    """The scratch of a disk beside its frozen view, with the map of what is saved to it where there is one.
+
+    QEMU shows a bitmap that records only through an export that is ``writable``.
+    """
+    node = part.names.node("scratch")
+    there = facts.nodes.get(node)  # not of a snapshot that is only planned
+    mapped = there is None or any(bitmap.name == SAVED_MAP for bitmap in there.bitmaps)
+    maps = (SAVED_MAP,) if writable and mapped and facts.version < FROZEN_VIEW_EXACT else ()
+    return ExportPart(part.names, part.target, node, part.disk_node, saved_name(part.name), maps=maps)
 
 
 def _gather(part: ExportPart, checkpoint: str, edges: Sequence[Edge]) -> Step:
@@ -135,7 +162,7 @@ def start_export(
                 "node-name": part.node,
                 "name": part.name,
                 "writable": writable,
-                "bitmaps": [name for name, _ in part.since],
+                "bitmaps": [*(name for name, _ in part.since), *part.maps],
             },
             f"offer {part.target} as {part.name}",
         )

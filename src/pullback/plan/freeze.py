@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pullback.model.facts import Disk
-from pullback.model.snapshots import FROZEN_MARK, Names, SnapshotMark
+from pullback.model.snapshots import FROZEN_MARK, SAVED_MAP, Names, SnapshotMark
 from pullback.plan.checkpoint import NodeChain, recording_actions, start_recording, stop_actions, stop_recording
 from pullback.plan.command import JobConcluded, Paused, Plan, Step, transaction
-from pullback.plan.method import Method
+from pullback.plan.method import SAVED_UNIT, Method
 
 #: How long, in seconds, a write of the domain may wait for old data to reach the scratch before the snapshot breaks.
 CBW_TIMEOUT = 30
@@ -71,6 +71,14 @@ def mark_frozen(parts: Sequence[FreezePart]) -> Plan:
     )
 
 
+def _map_saved(part: FreezePart) -> Step:
+    return Step(
+        "block-dirty-bitmap-add",
+        {"node": part.scratch, "name": SAVED_MAP, "persistent": False, "granularity": SAVED_UNIT},
+        f"note what old data of {part.disk.target} is saved: readers of its frozen view have to know",
+    )
+
+
 def _prepare(part: FreezePart) -> list[Step]:
     target = part.disk.target
     job = part.names.id("create")
@@ -93,9 +101,13 @@ def _prepare(part: FreezePart) -> list[Step]:
     ]
 
 
-def prepare_snapshot(parts: Sequence[FreezePart]) -> Plan:
-    """Make, open and mark the scratch images; nothing of the domain is touched yet."""
-    return Plan(tuple(step for part in parts for step in _prepare(part)))
+def prepare_snapshot(parts: Sequence[FreezePart], *, map_saved: bool) -> Plan:
+    """Make, open and mark the scratch images; nothing of the domain is touched yet.
+
+    ``map_saved`` has a bitmap on each note what is saved to it, for readers of a view that is not exact.
+    """
+    maps = [_map_saved(part) for part in parts if map_saved]
+    return Plan((*(step for part in parts for step in _prepare(part)), *maps))
 
 
 def _add_filter(part: FreezePart) -> Step:
