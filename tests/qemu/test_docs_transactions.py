@@ -38,7 +38,8 @@ def test_newer_versions_need_fewer_nodes() -> None:
     story = shown("filter")
     assert "-view" in story
     newer = for_version(story, (8, 0))
-    assert not re.search(r"-(view|align|deny|void)\b", newer)
+    assert "pullback-saved" in story
+    assert not re.search(r"-(view|align|deny|void|saved)\b", newer)
     assert "node-name=pb-B-0-access name=vda" in newer
     assert for_version(story, (7, 2)) == story
     assert "on-cbw-error=break-snapshot\n" in for_version(shown("job"), (10, 1))

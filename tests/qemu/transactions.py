@@ -190,6 +190,7 @@ def for_version(story: str, version: tuple[int, int]) -> str:
         story = re.sub(
             r"^  > blockdev-(add|del) .*node-name=pb-\w-\d-(view|align|deny|void)( .*)?\n", "", story, flags=re.M
         )
+        story = re.sub(r"^  > block-dirty-bitmap-add .*name=pullback-saved .*\n", "", story, flags=re.M)
         story = re.sub(r"(pb-\w-\d)-view", r"\1-access", story)
     if version >= (10, 1):
         story = re.sub(r"(blockdev-backup .*)$", r"\1 on-cbw-error=break-snapshot", story, flags=re.M)

@@ -60,10 +60,11 @@ def snapshot(
 
     ``view`` puts one that can be believed on each; None does where a public snapshot needs it.
     """
+    exact, public = facts.version >= FROZEN_VIEW_EXACT, snapshot_id.startswith(PUBLIC)
     if view is None:
-        view = snapshot_id.startswith(PUBLIC) and facts.version < FROZEN_VIEW_EXACT
+        view = public and not exact
     parts = freeze_parts(facts, snapshot_id, targets, directory, name, checkpoint)
-    plan = prepare_snapshot(parts, map_saved=facts.version < FROZEN_VIEW_EXACT)
+    plan = prepare_snapshot(parts, map_saved=not (public or exact))
     plan += freeze(parts, tracked_of(parts), checkpoint, method, running=facts.running)
     plan += open_access(parts)
     for part in parts if view else ():

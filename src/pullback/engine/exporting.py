@@ -63,7 +63,7 @@ class ExportRequest:
     ``address`` may be a TCP one with port 0 (a free one is taken).  ``tls`` is a directory with ca-cert.pem,
     server-cert.pem and server-key.pem; TCP without it needs ``insecure``.  ``names`` are export names by target; the
     target itself where nothing is said.  ``direct`` gives QEMU's plain frozen view, for a reader that knows its limits,
-    and ``saved`` the scratch beside it, before QEMU 8.0 and with ``writable`` with the map of what was saved to it.
+    and ``saved`` the scratch beside it (if ``writable``, with the map of what was saved to it, where there is one).
     """
 
     address: Address

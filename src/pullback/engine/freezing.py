@@ -198,10 +198,12 @@ async def _carry_out(
     method: Method,
     agent: Agent | None,
 ) -> None:
+    # Others are given a view that they may believe; a backup reads what QEMU has, knowing what was saved.
+    exact = facts.version >= FROZEN_VIEW_EXACT
     with _scratch_paths(session, request, disks) as paths:
         parts = [_part(snapshot, disk, paths[disk.target]) for disk in disks]
         try:
-            await session.run(prepare_snapshot(parts, map_saved=facts.version < FROZEN_VIEW_EXACT))
+            await session.run(prepare_snapshot(parts, map_saved=request.private and not exact))
         except CommandFailed as error:
             raise Refused(
                 f"QEMU cannot make a scratch image in {request.scratch or DEFAULT_BASE}: {error.desc}",
@@ -220,7 +222,7 @@ async def _carry_out(
         running = facts.running and not (session.dry and request.freeze != "no")
         snapshot.paused_seconds = await session.run(plan(running=running))
     snapshot.time = datetime.now(UTC)
-    await _open(session, parts, believable=not request.private and facts.version < FROZEN_VIEW_EXACT)
+    await _open(session, parts, believable=not (request.private or exact))
 
 
 async def _open(session: Session, parts: Sequence[FreezePart], *, believable: bool) -> None:

@@ -198,24 +198,37 @@ class _Line:
         asking = Asking(frozen, batch.span, connections, self._pull.rate)
         reads = deque(cut(batch.span, REQUEST))
         flying: dict[int, Window | None] = {}
+        full: list[Window] = []
         complete = False
-        while reads or flying:
+
+        def ask(window: Window) -> None:
+            flying.update(dict.fromkeys(asking.submit(window), window))
+
+        def ask_for_more() -> None:
             while reads and self._free:
-                window = Window(reads.popleft(), self._free.pop())
-                flying.update(dict.fromkeys(asking.submit(window), window))
+                ask(Window(reads.popleft(), self._free.pop()))
+
+        ask_for_more()
+        while flying:
             arrived = flying.pop(wait(connection, frozen))
             if arrived is None:
                 continue
             arrived.requests -= 1
             if arrived.requests:
                 continue
-            if once_more := asking.again(arrived):
-                flying.update(dict.fromkeys(once_more, arrived))
-                continue
-            complete = self._store(batch.segment, arrived.span, arrived.buffer)
-            self._free.append(arrived.buffer)
-            if self._pull.let_go:
-                flying[connection.submit_trim(arrived.span.offset, arrived.span.length)] = None
+            full.append(arrived)
+            if asking.looks_again and any(flying.values()):
+                continue  # one look for all of them
+            for window in asking.doubtful(full):
+                full.remove(window)
+                ask(window)
+            for window in full:
+                complete = self._store(batch.segment, window.span, window.buffer)
+                self._free.append(window.buffer)
+                ask_for_more()
+                if self._pull.let_go:
+                    flying[connection.submit_trim(window.span.offset, window.span.length)] = None
+            full.clear()
         return complete
 
     def _store(self, segment: _Segment, span: Span, buffer: bytearray) -> bool:

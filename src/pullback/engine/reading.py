@@ -20,7 +20,7 @@ from typing import Generic, TypeVar
 
 from pullback.engine.rate import Rate
 from pullback.errors import NbdRefused, PullbackError, SnapshotBroken
-from pullback.model.extents import FLAG_DIRTY, Span
+from pullback.model.extents import FLAG_DIRTY, Span, merged
 from pullback.model.snapshots import SAVED_MAP
 from pullback.model.units import KIB, align_up
 from pullback.nbd.address import Address
@@ -174,7 +174,8 @@ def submit(connection: NbdConnection, window: Window, unit: int, rate: Rate) -> 
 class Asking:
     """How one thread asks for the windows of ``span``: in long requests where they are answered right.
 
-    A window whose ``requests`` all were answered is right if ``again`` asks for nothing more.
+    Windows that are full are right unless ``doubtful`` names them; that is one more request for all of them, which
+    ``looks_again`` says is made.
     """
 
     def __init__(self, disk: FrozenDisk, span: Span, connections: Connections, rate: Rate) -> None:
@@ -188,26 +189,35 @@ class Asking:
 
     def submit(self, window: Window) -> list[int]:
         """Ask for what fills the window; the cookies of its requests."""
-        begin, length = window.span
-        meets = any(offset < begin + length and begin < offset + size for offset, size in self._known)
-        window.wide = self._map is not None and length > _WORTH_A_LOOK and not meets
+        window.wide = self.looks_again and window.span.length > _WORTH_A_LOOK and not _meets(self._known, window.span)
         return submit(self._connection, window, REQUEST if window.wide else self._disk.unit, self._rate)
 
-    def again(self, window: Window) -> list[int]:
-        """Ask once more for a window whose answers may be wrong; nothing if they are right."""
-        if not window.wide or not self._saved(window.span):
-            return []
-        window.wide = False
-        return submit(self._connection, window, self._disk.unit, self._rate)
+    @property
+    def looks_again(self) -> bool:
+        """Whether ``doubtful`` has to ask."""
+        return self._map is not None
 
-    def _saved(self, span: Span) -> list[tuple[int, int]]:
+    def doubtful(self, windows: Sequence[Window]) -> list[Window]:
+        """Those of the full windows whose answers may be wrong: to be submitted once more."""
+        wide = [window for window in windows if window.wide]
+        if not wide:
+            return []
+        begin, end = min(window.span.offset for window in wide), max(window.span.end for window in wide)
+        self._known = merged(sorted(self._known + self._saved(Span(begin, end - begin))))
+        return [window for window in wide if _meets(self._known, window.span)]
+
+    def _saved(self, span: Span) -> list[Span]:
         """What of a range was saved by now."""
         if self._map is None:
             return []
         try:
-            return list(self._map.marked(_SAVED, span.offset, span.length, FLAG_DIRTY))
+            return merged(self._map.marked(_SAVED, span.offset, span.length, FLAG_DIRTY))
         except NbdRefused as error:
             raise read_failed(self._disk.target, error) from error
+
+
+def _meets(spans: Sequence[Span], span: Span) -> bool:
+    return any(one.offset < span.end and span.offset < one.end for one in spans)
 
 
 def wait(connection: NbdConnection, disk: FrozenDisk) -> int:
