@@ -156,7 +156,8 @@ def test_hit_while_it_writes(halfway: Halfway, number: signal.Signals) -> None:
     for at in (1, 5, 9):
         assert halfway.hit(dying.at_call(NbdConnection, "submit_write", at, after=True), number)
         assert halfway.is_marked_or_whole()
-    assert halfway.contents() not in (halfway.before, halfway.wanted)
+    # Until a signal that is heeded is, everything may have been written.
+    assert number != signal.SIGKILL or halfway.contents() not in (halfway.before, halfway.wanted)
     halfway.completes()
 
 

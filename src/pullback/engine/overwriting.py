@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pullback.engine.rate import Rate
 from pullback.engine.rereading import Rereading
-from pullback.engine.restoring import Read, submit_write
+from pullback.engine.restoring import Read, Writes
 from pullback.engine.source import Blobs, DiskSource
 from pullback.engine.workers import Connections, Work
 from pullback.errors import NbdRefused, PullbackError, RestoreError
@@ -34,7 +34,7 @@ class Overwriting(Work[Read | Place]):
         self, source: DiskSource, spans: Mapping[str, Sequence[Span]], address: UnixAddress, rate: Rate
     ) -> None:
         super().__init__(address, sum(span.length for some in spans.values() for span in some))
-        self._rate = rate
+        self._writes = Writes(rate)
         self._source = source
         self._spans = spans
         self.written = dict.fromkeys(spans, 0)
@@ -56,28 +56,27 @@ class Overwriting(Work[Read | Place]):
             connection = connections.to(item.target)
             for span in pieces(item, self._spans[item.target]):
                 connection.write_zeroes(span.offset, span.length)
-            self._count(item)
+                self._count(Place(item.target, *span))
             return
         for blob, data in self._source.load(item.pack, item.places):
             for place in item.places[blob]:
                 self._write(connections.to(place.target), place, memoryview(data))
-        for connection in connections.open.values():
-            while connection.pending:
-                connection.wait()
-        for places in item.places.values():
-            for place in places:
-                self._count(place)
 
     def _write(self, connection: NbdConnection, place: Place, data: memoryview) -> None:
         for span in pieces(place, self._spans[place.target]):
             begin = span.offset - place.offset
-            submit_write(connection, span.offset, data[begin : begin + span.length], self._rate)
+            part = Place(place.target, *span)
+            for written in self._writes.write(connection, part, data[begin : begin + span.length]):
+                self._count(written)
+
+    def finish(self, connections: Connections) -> None:
+        for written in self._writes.rest(connections):
+            self._count(written)
 
     def _count(self, place: Place) -> None:
-        length = sum(span.length for span in pieces(place, self._spans[place.target]))
         with self.lock:
-            self.done += length
-            self.written[place.target] += length
+            self.done += place.length
+            self.written[place.target] += place.length
 
     def flush(self) -> None:
         """Make everything written durable; NbdRefused when that fails."""

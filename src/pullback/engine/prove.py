@@ -5,7 +5,8 @@
                                                                       ├─► the same?  then the range is let go
     frozen view, read again (NBD) ────────────────────────────────────┘
 
-Only after that the backup gets its snapshot file.
+Only after that the backup gets its snapshot file.  Before QEMU 8.0 the view is read unit by unit: a proof does not
+rely on what the pull relied on (``engine.reading``).
 """
 
 from __future__ import annotations

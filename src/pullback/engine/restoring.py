@@ -40,13 +40,32 @@ _ALLOCATION = "base:allocation"
 Read = PackRead[PackId, BlobId]
 
 
-def submit_write(connection: NbdConnection, offset: int, data: memoryview, rate: Rate) -> None:
-    """Write when ``rate`` lets it, in pieces of what it takes at once; replies are taken in on the way."""
-    for start, length in pieces(len(data), rate.piece(connection.info.max_payload)):
-        rate.take(length)
-        connection.submit_write(offset + start, data[start : start + length])
-        if connection.pending >= _IN_FLIGHT:
-            connection.wait()
+class Writes:
+    """Writes into images, several under way on each connection; a connection is one thread's.
+
+    From one read of a pack to the next they go on: QEMU is not kept waiting for us.
+    """
+
+    def __init__(self, rate: Rate) -> None:
+        self._rate = rate
+        self._flying: dict[NbdConnection, dict[int, Place]] = {}
+
+    def write(self, connection: NbdConnection, place: Place, data: memoryview) -> Iterator[Place]:
+        """Send ``data`` for ``place``, when the rate lets it; gives what, sent earlier, was found to be written."""
+        flying = self._flying.setdefault(connection, {})
+        for start, length in pieces(len(data), self._rate.piece(connection.info.max_payload)):
+            self._rate.take(length)
+            cookie = connection.submit_write(place.offset + start, data[start : start + length])
+            flying[cookie] = Place(place.target, place.offset + start, length)
+            if len(flying) >= _IN_FLIGHT:
+                yield flying.pop(connection.wait())
+
+    def rest(self, connections: Connections) -> Iterator[Place]:
+        """Wait for all that a thread has under way."""
+        for connection in connections.open.values():
+            flying = self._flying.get(connection, {})
+            while flying:
+                yield flying.pop(connection.wait())
 
 
 class Writing(Work[Read]):
@@ -60,7 +79,7 @@ class Writing(Work[Read]):
 
     def __init__(self, source: DiskSource, targets: Sequence[Target], address: UnixAddress, rate: Rate) -> None:
         super().__init__(address, sum(disk.virtual_size for disk in source.disks))
-        self._rate = rate
+        self._writes = Writes(rate)
         self._source = source
         self._targets: Mapping[str, Target] = {target.name: target for target in targets}
         self._had = {target.name: target.state.done for target in targets}
@@ -99,24 +118,27 @@ class Writing(Work[Read]):
                         connection.write_zeroes(span.offset, span.length)
 
     def carry(self, item: Read, connections: Connections) -> None:
-        done: list[Place] = []
+        written: list[Place] = []
         for blob, data in self._source.load(item.pack, item.places):
             for place in item.places[blob]:
-                submit_write(connections.to(place.target), place.offset, memoryview(data), self._rate)
-                done.append(place)
-        for connection in connections.open.values():
-            while connection.pending:
-                connection.wait()
-        with self.lock:
-            for place in done:
-                self.written[place.target] += place.length
-            self._account(done)
+                written += self._writes.write(connections.to(place.target), place, memoryview(data))
+        self._count(written)
         if time.monotonic() >= self._due and self._keeping.acquire(blocking=False):
             try:
+                self.finish(connections)
                 self._keep(connections)
             finally:
                 self._due = time.monotonic() + CHECKPOINT_EVERY
                 self._keeping.release()
+
+    def finish(self, connections: Connections) -> None:
+        self._count(list(self._writes.rest(connections)))
+
+    def _count(self, written: Sequence[Place]) -> None:
+        with self.lock:
+            for place in written:
+                self.written[place.target] += place.length
+            self._account(written)
 
     def run(self, emit: Emit) -> None:
         """Write everything and make it durable; raises the first failure when all threads have ended."""

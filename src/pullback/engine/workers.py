@@ -8,9 +8,8 @@ restore share the threads, and memory is bounded by their number.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Generic, TypeVar
 
 from pullback.engine.cores import cores
@@ -65,6 +64,9 @@ class Work(Generic[Item]):
         """Do one thing."""
         raise NotImplementedError
 
+    def finish(self, connections: Connections) -> None:
+        """Complete what a thread still has under way, when there is nothing more to do."""
+
     def explain(self, error: PullbackError) -> PullbackError:
         """The error that the user sees in place of this one."""
         return error
@@ -86,9 +88,9 @@ class Work(Generic[Item]):
         threads = cores()
         with ThreadPoolExecutor(threads, thread_name_prefix=f"pullback-{self.name}") as pool:
             workers = [pool.submit(self._work, items) for _ in range(threads)]
-            while not all(worker.done() for worker in workers):
+            emit(Progress(self.name, self.done, self.total))
+            while wait(workers, _PROGRESS_EVERY if self.total > _LARGE else 0.02).not_done:
                 emit(Progress(self.name, self.done, self.total))
-                time.sleep(_PROGRESS_EVERY if self.total > _LARGE else 0.02)
         if self._failure is not None:
             raise self._failure
         for worker in workers:
@@ -113,6 +115,7 @@ class Work(Generic[Item]):
         try:
             while (item := self._next(items)) is not None:
                 self.carry(item, connections)
+            self.finish(connections)
         except PullbackError as error:
             self._fail(self.explain(error))
         finally:

@@ -162,7 +162,7 @@ class Monitor:
         if self.lost:
             raise DomainUnreachable(f"the connection to {self.path} was given up after an earlier failure")
         try:
-            result = await uncancelled(asyncio.wait_for(self._client.execute(command, dict(arguments or {})), timeout))
+            result = await uncancelled(self._reply_to(command, dict(arguments or {}), timeout))
         except ExecuteError as error:
             self._note(command, arguments, {"error": error.error.error.desc})
             raise CommandFailed(command, error.error.error.class_, error.error.error.desc) from error
@@ -182,6 +182,10 @@ class Monitor:
             ) from error
         self._note(command, arguments, result)
         return result
+
+    async def _reply_to(self, command: str, arguments: Mapping[str, Any], timeout: float) -> Any:
+        async with asyncio.timeout(timeout):
+            return await self._client.execute(command, arguments)
 
     def _note(self, command: str, arguments: Mapping[str, Any] | None, reply: Any) -> None:
         if self._trace is not None:
