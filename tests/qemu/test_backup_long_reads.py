@@ -6,14 +6,18 @@ There a request that meets saved data, and ends beyond it, is answered with the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from lab.qemu import BareQemu, qemu_version
+from pullback.engine import reading
 from pullback.engine.events import Event, Frozen
-from pullback.engine.reading import REQUEST, Asking, Window
+from pullback.engine.rate import Rate
+from pullback.engine.reading import REQUEST, Window
+from pullback.nbd.blocking import NbdConnection
 from pullback.nbd.client_codec import ClientCodec
 from pullback.plan.method import SAVED_UNIT
 from tests.support.product import KIB, MIB, Stage, references, same
@@ -83,44 +87,47 @@ def test_what_is_overwritten_before_the_answer_is_as_it_was(
     count: int,
     how: str,
 ) -> None:
-    """The domain writes when a window was found unharmed and is about to be asked for."""
     qemu = filled(bare_qemu, stage)
     state = references(qemu)
-    overwritten: list[int] = []
-    ask = Asking.submit
-
-    def late(self: Asking, window: Window) -> list[int]:
-        begin = window.span.offset
-        if begin in (512 * KIB, 2 * MIB) and not overwritten.count(begin):
-            overwritten.append(begin)
-            with monkeypatch.context() as patched:
-                # Between the look at the map and the request.
-                patched.setattr("pullback.engine.reading.submit", at_once(begin))
-                return ask(self, window)
-        return ask(self, window)
-
-    def at_once(begin: int) -> Callable[..., list[int]]:
-        from pullback.engine import reading
-
-        submit = reading.submit
-
-        def submitted(*arguments: object) -> list[int]:
-            overwrite(qemu, how, begin + first * SAVED_UNIT, count * SAVED_UNIT)
-            return submit(*arguments)  # type: ignore[arg-type]
-
-        return submitted
-
-    monkeypatch.setattr(Asking, "submit", late)
-    backup = stage.backup(qemu, threads=1)
-    assert len(overwritten) == 2
+    with overwriting(monkeypatch, qemu, how, first, count):
+        backup = stage.backup(qemu, threads=1)
     same(stage.contents(backup.id), state)
     twice = sum(length for _, length in asked) > backup.bytes_read
     assert twice == OLD
-    monkeypatch.undo()
     state = references(qemu)
     again = stage.backup(qemu)
     assert again.manifest.disks[0].mode == "incremental"
     same(stage.contents(again.id), state)
+
+
+@pytest.mark.parametrize("how", ["write", "zero"])
+def test_the_same_of_a_disk_that_is_frozen_by_a_job(
+    bare_qemu: Start, stage: Stage, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    qemu = filled(bare_qemu, stage)
+    state = references(qemu)
+    with overwriting(monkeypatch, qemu, how, 1, 2):
+        backup = stage.backup(qemu, threads=1, method="job")
+    same(stage.contents(backup.id), state)
+
+
+@contextmanager
+def overwriting(monkeypatch: pytest.MonkeyPatch, qemu: BareQemu, how: str, first: int, count: int) -> Iterator[None]:
+    """The domain overwrites units of two windows that were found unharmed, just before they are asked for."""
+    overwritten: list[int] = []
+    submit = reading.submit
+
+    def late(connection: NbdConnection, window: Window, unit: int, rate: Rate) -> list[int]:
+        begin = window.span.offset
+        if begin in (512 * KIB, 2 * MIB) and begin not in overwritten:
+            overwritten.append(begin)
+            overwrite(qemu, how, begin + first * SAVED_UNIT, count * SAVED_UNIT)
+        return submit(connection, window, unit, rate)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reading, "submit", late)
+        yield
+    assert len(overwritten) == 2
 
 
 def overwrite(qemu: BareQemu, how: str, offset: int, length: int) -> None:
