@@ -10,7 +10,7 @@ import pytest
 
 from pullback.errors import DomainBusy, Refused
 from pullback.model.facts import Export, Facts
-from pullback.model.snapshots import Names, ServerMark, server_mark
+from pullback.model.snapshots import SAVED_MAP, Names, ServerMark, server_mark
 from pullback.plan.cleanup import stop_exports
 from pullback.plan.command import ExportDeleted, Plan, Step
 from pullback.plan.export import (
@@ -20,12 +20,14 @@ from pullback.plan.export import (
     disown_server,
     idle_server,
     need_server,
+    saved_name,
+    saved_part,
     start_export,
     stop_server,
 )
 from tests.support.fake_qemu import FakeQemu, QemuError
 from tests.support.making import SERVER, TLS, export_disks, export_own_disks, export_parts, since, snapshot
-from tests.support.values import disk, facts
+from tests.support.values import bitmap, disk, facts, node
 
 PUBLIC = "s00000001"
 ELSEWHERE = ServerMark("unix", "/run/elsewhere")
@@ -103,6 +105,30 @@ def served(server: ServerMark = SERVER) -> FakeQemu:
 
 def with_theirs(seen: Facts, kind: str = "nbd") -> Facts:
     return replace(seen, exports=(*seen.exports, Export("theirs", "node-vda", kind)))
+
+
+def seen_with_scratch(*names: str, version: tuple[int, int, int] = (7, 2, 22)) -> Facts:
+    """A snapshot whose scratch has these bitmaps."""
+    scratch = node(f"pb-{PUBLIC}-0-scratch", "file", bitmaps=tuple(bitmap(name, persistent=False) for name in names))
+    return facts(nodes=[node("node-vda"), scratch], version=version)
+
+
+def test_the_scratch_is_offered_beside_the_frozen_view():
+    beside = saved_part(seen_with_scratch(SAVED_MAP), part("A", name="n"), writable=True)
+    assert (beside.names, beside.target, beside.disk_node) == (Names(PUBLIC, 0), "vda", "node-vda")
+    assert (beside.node, beside.name) == (f"pb-{PUBLIC}-0-scratch", saved_name("n"))
+    assert (beside.since, beside.maps) == ((), (SAVED_MAP,))
+    (add,) = arguments(steps(beside, writable=True), "block-export-add")
+    assert (add["node-name"], add["name"], add["bitmaps"]) == (beside.node, "n/saved", [SAVED_MAP])
+
+
+def test_the_map_of_what_is_saved_is_shown_where_there_is_one():
+    assert saved_part(facts(), part(), writable=True).maps == (SAVED_MAP,), "planned only"
+    assert saved_part(seen_with_scratch("other"), part(), writable=True).maps == ()
+    assert saved_part(seen_with_scratch(SAVED_MAP), part(), writable=False).maps == ()
+    for version in ((8, 0, 0), (10, 0, 0)):
+        assert saved_part(seen_with_scratch(SAVED_MAP, version=version), part(), writable=True).maps == ()
+    assert saved_part(seen_with_scratch(SAVED_MAP, version=(7, 2, 99)), part(), writable=True).maps == (SAVED_MAP,)
 
 
 def test_a_server_is_needed_where_none_runs():
