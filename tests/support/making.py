@@ -58,9 +58,11 @@ def snapshot(
 ) -> Plan:
     """Scratches, the freeze and the frozen views.
 
-    ``view`` puts one that can be believed on each; None does where a public snapshot needs it.
+    ``view`` puts one that can be believed on each; None does where a public snapshot needs it.  Who says what it is to
+    be gets the plan for views that are not exact, whatever QEMU the facts are of.
     """
-    exact, public = facts.version >= FROZEN_VIEW_EXACT, snapshot_id.startswith(PUBLIC)
+    exact = view is None and facts.version >= FROZEN_VIEW_EXACT
+    public = snapshot_id.startswith(PUBLIC)
     if view is None:
         view = public and not exact
     parts = freeze_parts(facts, snapshot_id, targets, directory, name, checkpoint)
