@@ -19,7 +19,7 @@ from bench.harness import Bench, BenchError, Case, Peer, Race, Run
 from bench.rivals import OURS, Pullback
 from lab.qemu import BareQemu
 
-PROOF, PROGRESS = 2.5, 1.03
+PROOF, PROGRESS = 2.0, 1.03
 
 
 class Backups:
