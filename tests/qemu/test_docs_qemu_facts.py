@@ -279,20 +279,24 @@ def test_closing_an_export_of_a_disk_on_an_io_thread_ends_qemu_before_9_0(
         assert qemu.qmp("query-status")["running"]
 
 
-def test_a_frozen_view_on_a_job_s_filter_on_an_io_thread_ends_qemu_before_9_0(bare_qemu: Start, stage: Stage) -> None:
-    qemu = driven(written(bare_qemu, stage, iothread=True))
-    old = version_of(qemu) < (9, 0)
-    job = {"job-id": "j", "filter-node-name": "filter"}
-    qemu.qmp("blockdev-backup", job, device="node-vda", target=scratch(qemu, stage.place), sync="none")
-    if old:
-        with pytest.raises(MonitorClosed):
+def test_a_frozen_view_on_a_job_s_filter_on_an_io_thread_ends_qemu_before_9_0(bare_qemu: Start, lab_dir: Path) -> None:
+    def survives(number: int) -> bool:
+        (place := lab_dir / str(number)).mkdir()
+        qemu = driven(written(bare_qemu, Stage(place), iothread=True))
+        job = {"job-id": "j", "filter-node-name": "filter"}
+        qemu.qmp("blockdev-backup", job, device="node-vda", target=scratch(qemu, place), sync="none")
+        with contextlib.suppress(MonitorClosed):
             qemu.qmp("blockdev-add", driver="snapshot-access", node_name="view", file="filter")
             qemu.device_write("vda", 0, 64 * KIB, 0x22)
+            return bool(qemu.qmp("query-status")["running"])
         wait_for(lambda: not qemu.running(), "the end of QEMU")
+        return False
+
+    if version_of(bare_qemu([])) < (9, 0):
+        # It takes two threads at the wrong places: one in twenty survives.
+        assert not all(survives(number) for number in range(8))
     else:
-        qemu.qmp("blockdev-add", driver="snapshot-access", node_name="view", file="filter")
-        qemu.device_write("vda", 0, 64 * KIB, 0x22)
-        assert qemu.qmp("query-status")["running"]
+        assert survives(0)
 
 
 # -- exports and the storage daemon -------------------------------------------------------------------------------
