@@ -186,7 +186,7 @@ async def name_a_point(qemu: BareQemu, name: str, scratch: str) -> None:
     """Leave a checkpoint of a user's behind."""
     async with open_domain(DomainAddress(str(qemu.qmp_path))) as domain:
         snapshot = await domain.create_snapshot(checkpoint=name, scratch=scratch)
-        await domain.end_snapshot(snapshot.id)
+        await domain.end_snapshot(snapshot)
 
 
 def test_the_command_ends_with_its_own_exit_code(lab_dir: Path, bare_qemu: Start) -> None:

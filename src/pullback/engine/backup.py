@@ -29,6 +29,7 @@ from pullback.engine.session import Tell
 from pullback.engine.workdir import DEFAULT_BASE, work_directory
 from pullback.errors import DomainBusy, DomainError, DomainUnreachable, NbdDisconnected, ProofFailed
 from pullback.model.chain import read_chain
+from pullback.model.facts import Facts
 from pullback.model.manifest import Manifest
 from pullback.model.snapshots import current_server
 from pullback.nbd.address import UnixAddress
@@ -40,7 +41,7 @@ from pullback.plan.prove import SAMPLE, Prove, Proved, chains_dropped, chains_st
 from pullback.plan.push import choose_transport
 from pullback.plan.retention import checkpoint_name, checkpoints_to_remove, made_by_backups
 from pullback.plan.selection import select_disks
-from pullback.qemu.cancelling import uncancelled
+from pullback.qemu.cancelling import together, uncancelled
 from pullback.qemu.monitor import Trace
 from pullback.repository.layout import check_disk_name, check_name
 from pullback.repository.repository import Repository
@@ -126,8 +127,8 @@ async def plan_backup(
     """Tell what a backup would send to QEMU, and change nothing.  Raises as :func:`run_backup` does."""
     repository = await asyncio.to_thread(open_repository)
     async with open_domain(request.domain, tell=tell, trace=trace) as domain, _locked(repository, request, emit):
-        await domain.clear_stale()
-        prepared = await _prepare(domain, repository, request, emit)
+        facts, _ = await domain.cleared()
+        prepared = await _prepare(domain, facts, repository, request, emit)
         _tell(prepared, emit)
         snapshot = await domain.freeze(_snapshot_request(request, prepared))
         facts = prepared.facts
@@ -170,9 +171,10 @@ async def _backup(
     begin: float,
 ) -> BackupResult:
     # Unusable bitmaps stay until the backup is stored: they tell why it had to read a disk whole.
-    for cleared in await domain.clear_stale():
-        emit(Note(f"Cleared what a client that died had left: {cleared}."))
-    prepared = await _prepare(domain, repository, request, emit)
+    (facts, cleared), _ = await together(domain.cleared(), asyncio.to_thread(repository.load_index))
+    for what in cleared:
+        emit(Note(f"Cleared what a client that died had left: {what}."))
+    prepared = await _prepare(domain, facts, repository, request, emit)
     _tell(prepared, emit)
     from pullback.engine.storing import Storing
 
@@ -191,16 +193,13 @@ async def _backup(
         if storing.committed is None:
             raise
         emit(Note(f"The backup is stored, but QEMU could not be told of its end: {error}"))
+    return _result(storing, repository.bytes_stored, asyncio.get_running_loop().time() - begin)
+
+
+def _result(storing: Storing, bytes_stored: int, seconds: float) -> BackupResult:
     manifest, backup = storing.result
-    return BackupResult(
-        id=backup,
-        manifest=manifest,
-        bytes_read=sum(disk.bytes_read for disk in manifest.disks),
-        bytes_stored=repository.bytes_stored,
-        seconds=asyncio.get_running_loop().time() - begin,
-        paused_seconds=storing.paused_seconds,
-        proved=storing.proved,
-    )
+    read = sum(disk.bytes_read for disk in manifest.disks)
+    return BackupResult(backup, manifest, read, bytes_stored, seconds, storing.paused_seconds, storing.proved)
 
 
 async def _store(domain: Domain, request: BackupRequest, prepared: Prepared, storing: Storing, emit: Emit) -> None:
@@ -212,7 +211,7 @@ async def _store(domain: Domain, request: BackupRequest, prepared: Prepared, sto
             emit(Note("No guest agent answered: the point is crash-consistent."))
         try:
             await _transfer(domain, prepared, snapshot, storing, emit)
-            await domain.end_snapshot(snapshot.id)
+            await domain.end_snapshot(snapshot)
             await uncancelled(_commit(storing, snapshot))
         except NbdDisconnected as error:
             storing.abandon()
@@ -260,10 +259,11 @@ async def _was_it_qemu(domain: Domain, error: NbdDisconnected) -> None:
         ) from error
 
 
-async def _prepare(domain: Domain, repository: Repository, request: BackupRequest, emit: Emit) -> Prepared:
+async def _prepare(
+    domain: Domain, facts: Facts, repository: Repository, request: BackupRequest, emit: Emit
+) -> Prepared:
     from pullback.engine.storing import Prepared, stored_points
 
-    facts = await domain.facts()
     name = check_name(domain.name_of(facts), "domain")
     selection = select_disks(facts, request.disks)
     refuse_unfinished(selection.disks)
@@ -318,7 +318,7 @@ async def _transfer(domain: Domain, prepared: Prepared, snapshot: Snapshot, stor
             running = current_server(facts)
             address = UnixAddress(running.place if running else socket)
             try:
-                await domain.offer(snapshot, _export_request(prepared, snapshot, address, saved=not exact))
+                await domain.offer(snapshot, _export_request(prepared, snapshot, address, saved=not exact), facts)
             except DomainBusy:
                 if prepared.prove:
                     raise

@@ -41,7 +41,7 @@ from pullback.engine.session import (
     still_open,
 )
 from pullback.errors import UsageError
-from pullback.model.chain import Chain, Unknown, read_chain
+from pullback.model.chain import Unknown, read_chain
 from pullback.model.facts import Disk, Facts
 from pullback.model.snapshots import SnapshotPart, current_server, read_snapshots
 from pullback.nbd.address import Address
@@ -185,9 +185,10 @@ class Domain:
         self.session.announce("create_snapshot", name=request.name, checkpoint=request.checkpoint)
         return bind(await freeze_disks(self.session, request, self._address.agent), self.session)
 
-    async def end_snapshot(self, snapshot_id: str) -> None:
-        """Take a snapshot out of QEMU by its id; harmless when it is gone already."""
-        await self.session.run(remove_snapshots(await self.facts(), {snapshot_id}))
+    async def end_snapshot(self, snapshot: Snapshot) -> None:
+        """Take a snapshot out of QEMU; harmless when it is gone already."""
+        await self.session.run(remove_snapshots(await self.facts(), {snapshot.id}))
+        snapshot.ended = True
 
     @asynccontextmanager
     async def temporary_snapshot(self, request: SnapshotRequest) -> AsyncIterator[Snapshot]:
@@ -199,7 +200,8 @@ class Domain:
             kept = None if snapshot.keep_checkpoint else request.checkpoint
             await uncancelled(take_back(self.session, snapshot.id, kept))
             raise
-        await uncancelled(self.end_snapshot(snapshot.id))
+        if not snapshot.ended:
+            await uncancelled(self.end_snapshot(snapshot))
 
     async def broken_disks(self, snapshot: Snapshot) -> tuple[str, ...]:
         """Which of a snapshot's disks cannot be read any more, by reading a little of each."""
@@ -263,14 +265,16 @@ class Domain:
             None, ExportRequest(address, names_of(disks), names=names or {}, tls=tls, insecure=insecure)
         )
 
-    async def offer(self, snapshot: Snapshot | None, request: ExportRequest) -> tuple[Export, ...]:
-        """The same for a request; without a snapshot it is of the domain's own disks."""
+    async def offer(
+        self, snapshot: Snapshot | None, request: ExportRequest, facts: Facts | None = None
+    ) -> tuple[Export, ...]:
+        """The same for a request; without a snapshot it is of the domain's own disks.  ``facts`` save another look."""
         if snapshot is None:
             self.session.announce("start_writable_export", disks=list(request.disks))
             exports = await start_writable_export(self.session, request)
         else:
             self.session.announce("start_export", snapshot=snapshot.name, since=request.since)
-            exports = await start_snapshot_export(self.session, snapshot, request)
+            exports = await start_snapshot_export(self.session, snapshot, request, facts)
         return tuple(bind(export, self.session) for export in exports)
 
     async def stop_exports(self, exports: Collection[Export]) -> None:
@@ -310,9 +314,10 @@ class Domain:
         What is live stays: snapshots that can be read, and their exports.  What was cleared, in words.
         """
         self.session.announce("clear_stale")
-        return await self._clear_stale()
+        return (await self.cleared())[1]
 
-    async def _clear_stale(self) -> tuple[str, ...]:
+    async def cleared(self) -> tuple[Facts, tuple[str, ...]]:
+        """The same, with the domain as it is afterwards."""
         facts = await self.facts()
         stale = stale_snapshots(facts)
         cleared = [f"snapshot {snapshot}, which nobody uses" for snapshot in clearable(facts)]
@@ -322,7 +327,8 @@ class Domain:
         if (server := current_server(facts)) is not None and idle_server(facts):
             cleared.append(f"the NBD server at {server.place}, which serves nobody")
             await uncancelled(self.session.run(stop_exports(facts, ())))
-        return tuple(cleared)
+            facts = await self.facts()
+        return facts, tuple(cleared)
 
     async def recover(self) -> tuple[str, ...]:
         """Clear what clients that died left behind, and bitmaps that are of no use any more.
@@ -330,8 +336,8 @@ class Domain:
         What is live stays: snapshots that can be read, their exports, the chain.  What was cleared, in words.
         """
         self.session.announce("recover")
-        cleared = list(await self._clear_stale())
-        facts = await self.facts()
+        facts, found = await self.cleared()
+        cleared = list(found)
         chains = chains_of(facts)
         targets = {facts.disk(device).node: device.target for device in facts.devices if device.root}
         for disk in chains:
@@ -354,11 +360,8 @@ def names_of(disks: Sequence[str]) -> tuple[str, ...]:
 def chains_of(facts: Facts) -> list[NodeChain]:
     """The chains of all disks that have any bitmap of ours."""
     disks = [facts.disk(device) for device in facts.devices if device.root]
-    return [NodeChain(disk.node, chain) for disk in disks if _has_bitmaps(chain := read_chain(disk.bitmaps))]
-
-
-def _has_bitmaps(chain: Chain) -> bool:
-    return bool(chain.edges or chain.broken)
+    chains = [NodeChain(disk.node, read_chain(disk.bitmaps)) for disk in disks]
+    return [one for one in chains if one.chain.edges or one.chain.broken]
 
 
 def checkpoints_in(facts: Facts) -> tuple[Checkpoint, ...]:

@@ -173,9 +173,11 @@ def _free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-async def start_snapshot_export(session: Session, snapshot: Snapshot, request: ExportRequest) -> tuple[Export, ...]:
+async def start_snapshot_export(
+    session: Session, snapshot: Snapshot, request: ExportRequest, facts: Facts | None = None
+) -> tuple[Export, ...]:
     """Offer a snapshot's disks over NBD.  After a failure nothing is exported."""
-    facts = await session.observe()
+    facts = facts or await session.observe()
     for target in request.disks:
         if target not in snapshot.targets:
             raise UsageError(

@@ -57,7 +57,7 @@ class Snapshot(Bound):
 
     ``time`` is the instant (of a snapshot found again: when it was asked for).  ``paused_seconds`` is for how long the
     domain stood still, ``frozen_seconds`` for how long its file systems did.  ``keep_checkpoint`` is set once something
-    relies on the checkpoint; until then a failure takes it back.
+    relies on the checkpoint; until then a failure takes it back.  ``ended`` is set when it was taken out of QEMU early.
     """
 
     id: str
@@ -69,6 +69,7 @@ class Snapshot(Bound):
     paused_seconds: float = 0.0
     frozen_seconds: float = 0.0
     keep_checkpoint: bool = False
+    ended: bool = False
 
     def names(self, target: str) -> Names:
         """The names of everything that belongs to one of its disks."""

@@ -10,7 +10,7 @@ bounded by the threads (a read window and an open pack each) and by the segments
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pullback.engine.rate import Rate
@@ -23,8 +23,10 @@ from pullback.repository.blob import BlobId, BlobKind, blob_id
 from pullback.repository.layout import BackupBuilder
 from pullback.repository.writer import PackWriter
 
-#: Bytes that a thread takes on at a time.
+#: Bytes in a row that a thread takes on at a time, and how many where they are scattered: several requests are under
+#: way then, too, and all threads have something to do until shortly before the end.
 BATCH = 16 * MIB
+_SCATTERED = 4 * MIB
 
 _ID = 32
 _ZEROES = bytes(CHUNK)
@@ -74,7 +76,7 @@ class _Segment:
 @dataclass(frozen=True, slots=True)
 class _Batch:
     segment: _Segment
-    span: Span
+    spans: tuple[Span, ...]
 
 
 class Pull:
@@ -123,11 +125,10 @@ class Pull:
         # Before the first batch is handed out, or the segment could be complete too early.
         segment.missing = sum(run.length for run in plan.runs if run.act is Act.READ)
         if not segment.missing:
-            yield _Batch(segment, Span(plan.offset, 0))
-        for run in plan.runs:
-            if run.act is Act.READ:
-                for span in cut(Span(run.offset, run.length), BATCH):
-                    yield _Batch(segment, span)
+            yield _Batch(segment, ())
+        reads = (Span(run.offset, run.length) for run in plan.runs if run.act is Act.READ)
+        for spans in _gathered(span for run in reads for span in cut(run, BATCH)):
+            yield _Batch(segment, spans)
 
     def _zero(self, segment: _Segment, run: Run) -> None:
         grid, (start, end) = segment.plan.grid, _inside(segment.plan, run)
@@ -188,15 +189,15 @@ class _Line:
 
     def carry(self, batch: _Batch, connections: Connections) -> None:
         """Read a batch and store what is in it."""
-        if not batch.span.length or self._read(batch, connections):
+        if not batch.spans or self._read(batch, connections):
             self._pull.finish_segment(batch.segment, self._writer)
 
     def _read(self, batch: _Batch, connections: Connections) -> bool:
         """Read a batch and store what is in it; whether its segment is complete now."""
         frozen = batch.segment.source.frozen
         connection = connections.to(frozen)
-        asking = Asking(frozen, batch.span, connections, self._pull.rate)
-        reads = deque(cut(batch.span, REQUEST))
+        asking = Asking(frozen, batch.spans, connections, self._pull.rate)
+        reads = deque(piece for span in batch.spans for piece in cut(span, REQUEST))
         flying: dict[int, Window | None] = {}
         full: list[Window] = []
         complete = False
@@ -248,6 +249,20 @@ class _Line:
             at += _ID
         new = self._writer.bytes_added - before
         return self._pull.read_done(segment, span.length, new, zero)
+
+
+def _gathered(spans: Iterable[Span]) -> Iterator[tuple[Span, ...]]:
+    """Short ones together, as many as are worth a batch."""
+    several: list[Span] = []
+    held = 0
+    for span in spans:
+        if several and held + span.length > _SCATTERED:
+            yield tuple(several)
+            several, held = [], 0
+        several.append(span)
+        held += span.length
+    if several:
+        yield tuple(several)
 
 
 def _inside(plan: SegmentPull, run: Run) -> tuple[int, int]:

@@ -172,20 +172,22 @@ def submit(connection: NbdConnection, window: Window, unit: int, rate: Rate) -> 
 
 
 class Asking:
-    """How one thread asks for the windows of ``span``: in long requests where they are answered right.
+    """How one thread asks for the windows of ``spans``: in long requests where they are answered right.
 
     Windows that are full are right unless ``doubtful`` names them; that is one more request for all of them, which
     ``looks_again`` says is made.
     """
 
-    def __init__(self, disk: FrozenDisk, span: Span, connections: Connections, rate: Rate) -> None:
+    def __init__(self, disk: FrozenDisk, spans: Sequence[Span], connections: Connections, rate: Rate) -> None:
         self._disk = disk
         self._rate = rate
         self._connection = connections.to(disk)
         # Below a limit, long requests take long, and asking twice counts twice.
-        careful = disk.unit < REQUEST and not rate.limited and span.length > _WORTH_A_LOOK
+        long = any(span.length > _WORTH_A_LOOK for span in spans)
+        careful = disk.unit < REQUEST and not rate.limited and long
         self._map = connections.to_saved(disk) if careful else None
-        self._known = self._saved(span) if span.length > REQUEST else []
+        # One that is asked for at once needs no look before it.
+        self._known = self._saved(_around(spans)) if sum(span.length for span in spans) > REQUEST else []
 
     def submit(self, window: Window) -> list[int]:
         """Ask for what fills the window; the cookies of its requests."""
@@ -202,8 +204,7 @@ class Asking:
         wide = [window for window in windows if window.wide]
         if not wide:
             return []
-        begin, end = min(window.span.offset for window in wide), max(window.span.end for window in wide)
-        self._known = merged(sorted(self._known + self._saved(Span(begin, end - begin))))
+        self._known = merged(sorted(self._known + self._saved(_around([window.span for window in wide]))))
         return [window for window in wide if _meets(self._known, window.span)]
 
     def _saved(self, span: Span) -> list[Span]:
@@ -214,6 +215,12 @@ class Asking:
             return merged(self._map.marked(_SAVED, span.offset, span.length, FLAG_DIRTY))
         except NbdRefused as error:
             raise read_failed(self._disk.target, error) from error
+
+
+def _around(spans: Sequence[Span]) -> Span:
+    """From the first byte of any to the last of any."""
+    begin = min(span.offset for span in spans)
+    return Span(begin, max(span.end for span in spans) - begin)
 
 
 def _meets(spans: Sequence[Span], span: Span) -> bool:

@@ -7,6 +7,7 @@ Everything here blocks and runs on threads; :class:`Storing` is used by one thre
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pullback
@@ -318,8 +319,8 @@ class Storing:
         assert self._builder is not None
         manifest = self._manifest()
         tree = self._builder.finish(manifest.to_bytes())
-        for writer in self._writers:
-            writer.flush()
+        with ThreadPoolExecutor(len(self._writers), thread_name_prefix="pullback-store") as pool:
+            list(pool.map(PackWriter.flush, self._writers))
         self._repository.save_index()
         self._tell_lost_packs()
         parents = [stored.snapshot for stored in self._stored.values()]

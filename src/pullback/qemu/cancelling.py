@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may not be left half done when we are cancelled."""
+"""What may not be left half done when we are cancelled, or when something beside it fails."""
 
 from __future__ import annotations
 
@@ -20,3 +20,12 @@ async def uncancelled(work: Coroutine[Any, Any, T]) -> T:
         if not task.cancelled():
             task.exception()  # it was seen: being cancelled is what is told
         raise
+
+
+async def together(*work: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Carry out all at once, and give back what came of each; the first failure is raised when all have ended."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results

@@ -6,10 +6,12 @@ Nothing is cached: what pullback knows of a domain is what QEMU says now.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
+from typing import Any
 
 from pullback.errors import CommandFailed
 from pullback.model.facts import DISK_NODE, ON_CBW_ERROR, Bitmap, Device, Export, Facts, Job, Node
+from pullback.qemu.cancelling import together
 from pullback.qemu.monitor import Monitor
 from pullback.qemu.replies import Reply, replies, senseless
 
@@ -90,16 +92,24 @@ def _qdev_path(qdev: str) -> str:
     return f"/machine/peripheral/{qdev}" if qdev and not qdev.startswith("/") else qdev
 
 
-async def _qom(monitor: Monitor, path: str, name: str) -> str | None:
+async def _qom(monitor: Monitor, path: str, name: str) -> str:
+    """A property that is text; empty where there is none."""
+    if not path:
+        return ""
     try:
         value = await monitor.execute("qom-get", {"path": path, "property": name})
     except CommandFailed:
-        return None
-    return value if isinstance(value, str) else None
+        return ""
+    return value if isinstance(value, str) else ""
 
 
-async def _iothread(monitor: Monitor, qdev: str) -> str:
-    """The I/O thread of a device: its own property, or that of the controller its bus belongs to."""
+async def _iothread(monitor: Monitor, qdev: str, *, any_threads: bool) -> str | None:
+    """The I/O thread of a device: its own property, or that of the controller its bus belongs to.
+
+    None where there are threads, and nothing tells which one a disk uses.
+    """
+    if not (any_threads and qdev):
+        return None if any_threads else ""
     path = qdev
     for _ in range(4):
         if thread := await _qom(monitor, path, "iothread"):
@@ -111,42 +121,58 @@ async def _iothread(monitor: Monitor, qdev: str) -> str:
     return ""
 
 
-async def _devices(monitor: Monitor) -> tuple[Device, ...]:
-    threads = await monitor.execute("query-iothreads")
-    devices: list[Device] = []
-    for entry in replies(await monitor.execute("query-block"), "query-block"):
-        qdev = _qdev_path(entry.text("qdev", ""))
+async def _device(monitor: Monitor, entry: Reply, target: str, *, any_threads: bool) -> Device:
+    qdev = _qdev_path(entry.text("qdev", ""))
+    kind, iothread = await together(_qom(monitor, qdev, "type"), _iothread(monitor, qdev, any_threads=any_threads))
+    return Device(
+        target=target,
+        qdev=qdev,
+        type=kind,
+        root=entry.member("inserted").text("node-name", ""),
+        removable=entry.flag("removable"),
+        iothread=iothread,
+    )
+
+
+async def _devices(monitor: Monitor, drives: list[Reply], *, any_threads: bool) -> tuple[Device, ...]:
+    named: dict[str, Reply] = {}
+    for entry in drives:
         root = entry.member("inserted").text("node-name", "")
-        target = target_name(qdev, entry.text("device"), root)
-        while any(other.target == target for other in devices):
+        target = target_name(_qdev_path(entry.text("qdev", "")), entry.text("device"), root)
+        while target in named:
             target += "x"
-        devices.append(
-            Device(
-                target=target,
-                qdev=qdev,
-                type=(await _qom(monitor, qdev, "type") or "") if qdev else "",
-                root=root,
-                removable=entry.flag("removable"),
-                iothread=(await _iothread(monitor, qdev) if qdev else None) if threads else "",
-            )
-        )
-    return tuple(devices)
+        named[target] = entry
+    made = (_device(monitor, entry, target, any_threads=any_threads) for target, entry in named.items())
+    return tuple(await together(*made))
 
 
-async def _nodes(monitor: Monitor) -> dict[str, Node]:
-    children = _children(Reply(await monitor.execute("x-debug-query-block-graph"), "the block graph"))
-    named = replies(await monitor.execute("query-named-block-nodes", {"flat": True}), "query-named-block-nodes")
-    return {name: _node(entry, children.get(name, {})) for entry in named for name in [entry.text("node-name")]}
+def _block_questions(monitor: Monitor) -> list[Coroutine[Any, Any, Any]]:
+    """What :func:`_block` reads the answers to."""
+    return [
+        monitor.execute("x-debug-query-block-graph"),
+        monitor.execute("query-named-block-nodes", {"flat": True}),
+        monitor.execute("query-block-exports"),
+        monitor.execute("query-jobs"),
+    ]
 
 
-async def _exports(monitor: Monitor) -> tuple[Export, ...]:
-    listed = replies(await monitor.execute("query-block-exports"), "query-block-exports")
-    return tuple(Export(entry.text("id"), entry.text("node-name"), entry.text("type")) for entry in listed)
-
-
-async def _jobs(monitor: Monitor) -> tuple[Job, ...]:
-    listed = replies(await monitor.execute("query-jobs"), "query-jobs")
-    return tuple(Job(entry.text("id"), entry.text("type"), entry.text("status")) for entry in listed)
+def _block(
+    graph: Any, named: Any, exports: Any, jobs: Any
+) -> tuple[dict[str, Node], tuple[Export, ...], tuple[Job, ...]]:
+    children = _children(Reply(graph, "the block graph"))
+    nodes = {
+        name: _node(entry, children.get(name, {}))
+        for entry in replies(named, "query-named-block-nodes")
+        for name in [entry.text("node-name")]
+    }
+    return (
+        nodes,
+        tuple(
+            Export(entry.text("id"), entry.text("node-name"), entry.text("type"))
+            for entry in replies(exports, "query-block-exports")
+        ),
+        tuple(Job(entry.text("id"), entry.text("type"), entry.text("status")) for entry in replies(jobs, "query-jobs")),
+    )
 
 
 async def observe(monitor: Monitor) -> Facts:
@@ -154,27 +180,34 @@ async def observe(monitor: Monitor) -> Facts:
 
     DomainUnreachable when QEMU goes away meanwhile, DomainError when what it says makes no sense.
     """
-    uuid = Reply(await monitor.execute("query-uuid"), "query-uuid").text("UUID")
-    name = Reply(await monitor.execute("query-name"), "query-name").text("name", "")
-    run_state = Reply(await monitor.execute("query-status"), "query-status").text("status")
-    devices, nodes = await _devices(monitor), await _nodes(monitor)
+    uuid, name, status, threads, drives, *block = await together(
+        monitor.execute("query-uuid"),
+        monitor.execute("query-name"),
+        monitor.execute("query-status"),
+        monitor.execute("query-iothreads"),
+        monitor.execute("query-block"),
+        *_block_questions(monitor),
+    )
+    nodes, exports, jobs = _block(*block)
+    devices = await _devices(monitor, replies(drives, "query-block"), any_threads=bool(threads))
     _check_graph(devices, nodes)
+    number = Reply(uuid, "query-uuid").text("UUID")
     return Facts(
-        name=name,
-        uuid=uuid if uuid.strip("0-") else "",
+        name=Reply(name, "query-name").text("name", ""),
+        uuid=number if number.strip("0-") else "",
         version=monitor.version,
-        run_state=run_state,
+        run_state=Reply(status, "query-status").text("status"),
         devices=devices,
         nodes=nodes,
-        exports=await _exports(monitor),
-        jobs=await _jobs(monitor),
+        exports=exports,
+        jobs=jobs,
         features=await _features(monitor),
     )
 
 
 async def observe_daemon(monitor: Monitor, name: str) -> Facts:
     """The same of a storage daemon on the images of stopped domain ``name``; its devices are the images' nodes."""
-    nodes = await _nodes(monitor)
+    nodes, exports, jobs = _block(*await together(*_block_questions(monitor)))
     devices = tuple(
         Device(target=node.removeprefix(DISK_NODE), qdev="", type="", root=node)
         for node in sorted(nodes)
@@ -188,8 +221,8 @@ async def observe_daemon(monitor: Monitor, name: str) -> Facts:
         run_state="shutdown",
         devices=devices,
         nodes=nodes,
-        exports=await _exports(monitor),
-        jobs=await _jobs(monitor),
+        exports=exports,
+        jobs=jobs,
         features=await _features(monitor),
         daemon=True,
     )
