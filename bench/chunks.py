@@ -30,7 +30,7 @@ from bench.chunk_restic import index_memory, restic_costs
 from bench.chunk_segments import segment_sizes
 from bench.chunk_strategies import BLOCK, FIXED, MIB, OURS, REAL, VARIANTS, Simulation, Stored, Strategy
 from lab import images
-from pullback.repository.crypto import ScryptCost
+from pullback.repository.key_file import ScryptCost
 from pullback.repository.local_store import LocalStore
 from pullback.repository.repository import Repository
 

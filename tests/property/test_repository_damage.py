@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from pullback.errors import Damaged, RepositoryError
 from pullback.repository.blob import BlobKind
-from pullback.repository.crypto import KeyFileInvalid, SealBroken, open_key_file
+from pullback.repository.crypto import SealBroken
+from pullback.repository.key_file import KeyFileInvalid
 from pullback.repository.layout import StoredBackup
 from pullback.repository.repository import Repository
 from pullback.repository.store import Bytes, FileKind, buffers, describe
-from tests.support.backups import CHEAP, store_backup
+from tests.support.backups import CHEAP, open_key_file, store_backup
 
 CHANCE = random.Random(7)
 SEGMENTS = [CHANCE.randbytes(3000), b"text " * 600]

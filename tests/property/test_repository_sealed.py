@@ -19,9 +19,10 @@ from pullback.engine.walking import walk
 from pullback.errors import Damaged, RepositoryError
 from pullback.repository import index
 from pullback.repository.blob import MAX_DOCUMENT, BlobId, BlobKind, PackId
-from pullback.repository.crypto import Key, KeyFileInvalid, SealBroken, open_key_file
+from pullback.repository.crypto import Key, SealBroken
 from pullback.repository.documents import load_document, save_document
 from pullback.repository.index import Index, IndexBroken, decode_index
+from pullback.repository.key_file import KeyFileInvalid
 from pullback.repository.layout import MANIFEST, StoredBackup
 from pullback.repository.locks import LockFile, current_account
 from pullback.repository.pack import MAX_HEADER, PackBroken, PackedBlob, parse_pack
@@ -31,7 +32,7 @@ from pullback.repository.store import FileKind
 from pullback.repository.tree import MAX_TREE, TreeBroken, decode_tree
 from tests.property.test_repository_damage import GOOD, DictStore
 from tests.property.test_repository_damage import MANIFEST as MANIFEST_BYTES
-from tests.support.backups import MOMENT
+from tests.support.backups import MOMENT, open_key_file
 from tests.support.fuzzing import ANYTHING, fuzz, mutated
 
 KEY = Repository.open(GOOD, "p")._key

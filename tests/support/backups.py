@@ -8,7 +8,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from pullback.repository.blob import BlobKind
-from pullback.repository.crypto import ScryptCost
+from pullback.repository.crypto import Key
+from pullback.repository.key_file import KeyFile, ScryptCost
 from pullback.repository.layout import BackupBuilder, StoredBackup
 from pullback.repository.local_store import LocalStore
 from pullback.repository.repository import Repository
@@ -29,6 +30,12 @@ def new_repository(path: Path, version: int = 2) -> Repository:
 def open_repository(path: Path, password: str = PASSWORD) -> Repository:
     """The same one as another process sees it."""
     return Repository.open(LocalStore(path), password)
+
+
+def open_key_file(content: bytes, password: str) -> Key:
+    """The keys in a key file."""
+    file = KeyFile.parse(content)
+    return Key.of_file(file, file.derive(password))
 
 
 def store_backup(

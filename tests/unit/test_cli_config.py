@@ -18,7 +18,8 @@ from pullback.cli.options import repository_options
 from pullback.cli.passwords import CacheOptions, RepositoryOptions, read_password, repository_opener
 from pullback.errors import RepositoryMissing, UsageError
 from pullback.repository import keys
-from pullback.repository.crypto import Key, ScryptCost
+from pullback.repository.crypto import Key
+from pullback.repository.key_file import ScryptCost
 from pullback.repository.local_store import LocalStore
 from pullback.repository.location import is_local
 from pullback.repository.repository import Repository

@@ -6,15 +6,9 @@ import json
 
 import pytest
 
-from pullback.repository.crypto import (
-    OVERHEAD,
-    Key,
-    KeyFileInvalid,
-    ScryptCost,
-    SealBroken,
-    make_key_file,
-    open_key_file,
-)
+from pullback.repository.crypto import OVERHEAD, Key, SealBroken, make_key_file
+from pullback.repository.key_file import KeyFileInvalid, ScryptCost
+from tests.support.backups import open_key_file
 
 CHEAP = ScryptCost(n=16, r=1, p=1)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sealing and opening: AES-256-CTR with Poly1305-AES, and scrypt key files (restic's "Keys, Encryption and MAC").
+"""Sealing and opening: AES-256-CTR with Poly1305-AES (restic's "Keys, Encryption and MAC").
 
     nonce (16) | ciphertext (n) | tag (16)
 
@@ -11,35 +11,24 @@ takes 24 us and holds it (cryptography 50).
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.poly1305 import Poly1305
-from nacl.bindings import crypto_pwhash_scryptsalsa208sha256_ll as scrypt
 
+from pullback.repository.key_file import KeyFile, KeyFileInvalid, ScryptCost, from_base64
 from pullback.repository.store import Bytes
 
 NONCE_SIZE = 16
 TAG_SIZE = 16
 OVERHEAD = NONCE_SIZE + TAG_SIZE
 
-# A key file is not sealed, so its costs are bounded before we pay them: 1 GiB of memory, 64 times restic's work.
-MAX_SCRYPT_MEMORY = 1 << 30
-MAX_SCRYPT_WORK = 1 << 26
-
 
 class SealBroken(Exception):
     """The tag does not fit: other key or changed bytes.  Never leaves this package."""
-
-
-class KeyFileInvalid(Exception):
-    """A key file does not have the form of one.  Never leaves this package."""
 
 
 class Key:
@@ -65,6 +54,16 @@ class Key:
     def generate(cls) -> Key:
         """Fresh random keys."""
         return cls(os.urandom(32), os.urandom(16), os.urandom(16))
+
+    @classmethod
+    def derived(cls, secret: bytes) -> Key:
+        """The keys that a password stands for, of the DERIVED_SIZE bytes that it was made into."""
+        return cls(secret[:32], secret[32:48], secret[48:])
+
+    @classmethod
+    def of_file(cls, file: KeyFile, secret: bytes) -> Key:
+        """The keys in a key file; raises SealBroken for a wrong password, KeyFileInvalid for a broken file."""
+        return cls.from_json(cls.derived(secret).open(file.sealed))
 
     def _one_time(self, nonce: Bytes) -> bytes:
         return self._r + self._nonce_cipher.encryptor().update(nonce)
@@ -110,31 +109,9 @@ class Key:
         """The inverse of to_json; raises KeyFileInvalid."""
         try:
             fields = json.loads(document)
-            return cls(_bytes(fields["encrypt"]), _bytes(fields["mac"]["k"]), _bytes(fields["mac"]["r"]))
+            return cls(from_base64(fields["encrypt"]), from_base64(fields["mac"]["k"]), from_base64(fields["mac"]["r"]))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise KeyFileInvalid(f"the keys inside cannot be read ({type(error).__name__})") from None
-
-
-@dataclass(frozen=True, slots=True)
-class ScryptCost:
-    """What deriving a key from a password costs: 128·n·r bytes of memory, n·r·p steps (about 0.4 s by default)."""
-
-    n: int = 32768
-    r: int = 8
-    p: int = 5
-
-    def derive(self, password: str, salt: bytes) -> Key:
-        """The keys that a password stands for; raises KeyFileInvalid for impossible or absurd costs."""
-        if min(self.n - 1, self.r, self.p) < 1 or self.n & (self.n - 1):
-            raise KeyFileInvalid("its scrypt numbers are impossible")
-        if 128 * self.n * self.r > MAX_SCRYPT_MEMORY or self.n * self.r * self.p > MAX_SCRYPT_WORK:
-            raise KeyFileInvalid("its scrypt numbers ask for more than 1 GiB of memory or minutes of work")
-        secret = password.encode(errors="surrogateescape")
-        try:
-            derived = scrypt(secret, salt, self.n, self.r, self.p, dklen=64, maxmem=2 * MAX_SCRYPT_MEMORY)
-        except (ValueError, MemoryError, RuntimeError) as error:
-            raise KeyFileInvalid(f"scrypt refused its numbers ({type(error).__name__})") from None
-        return Key(derived[:32], derived[32:48], derived[48:])
 
 
 def make_key_file(
@@ -142,7 +119,7 @@ def make_key_file(
 ) -> tuple[str, bytes]:
     """A key file (its name and its bytes) that opens `master` with `password`; `created` is RFC 3339."""
     salt = os.urandom(64)
-    sealed = cost.derive(password, salt).seal(master.to_json())
+    sealed = Key.derived(cost.derive(password, salt)).seal(master.to_json())
     fields = {
         "created": created,
         "username": username,
@@ -158,33 +135,5 @@ def make_key_file(
     return hashlib.sha256(content).hexdigest(), content
 
 
-def open_key_file(content: Bytes, password: str) -> Key:
-    """The master keys in a key file; raises SealBroken for a wrong password, KeyFileInvalid for a broken file."""
-    try:
-        fields = json.loads(bytes(content))
-        if not isinstance(fields, Mapping) or fields["kdf"] != "scrypt":
-            raise KeyFileInvalid("it does not use scrypt")
-        cost = ScryptCost(_int(fields["N"]), _int(fields["r"]), _int(fields["p"]))
-        salt, sealed = _bytes(fields["salt"]), _bytes(fields["data"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise KeyFileInvalid(f"it is not a key file ({type(error).__name__})") from None
-    return Key.from_json(cost.derive(password, salt).open(sealed))
-
-
 def _base64(data: Bytes) -> str:
     return base64.b64encode(data).decode()
-
-
-def _bytes(text: object) -> bytes:
-    if not isinstance(text, str):
-        raise TypeError("not base64 text")
-    try:
-        return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        raise ValueError(str(error)) from None
-
-
-def _int(value: object) -> int:
-    if type(value) is not int:
-        raise TypeError("not a number")
-    return value

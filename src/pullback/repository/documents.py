@@ -11,23 +11,14 @@ import hashlib
 
 import zstandard
 
-from pullback.errors import Damaged, RepositoryUnsupported
+from pullback.errors import RepositoryUnsupported
 from pullback.repository.blob import CompressionBroken, decompress_document
 from pullback.repository.crypto import Key, SealBroken
+from pullback.repository.damage import damaged
 from pullback.repository.store import FileKind, Store, describe
 
 _COMPRESSED = 2
 _JSON_STARTS = b"[{"
-
-DAMAGE_MEANS = "Backups that need it cannot be read whole; others are not affected."
-DAMAGE_TODO = "Run restic check --read-data on the repository, and see restic's chapter on repairing one."
-
-
-def damaged(kind: FileKind, name: str, why: str) -> Damaged:
-    """The error for a file whose bytes are not what was written."""
-    return Damaged(
-        f"The repository's file {describe(kind, name)} is damaged: {why}", means=DAMAGE_MEANS, todo=DAMAGE_TODO
-    )
 
 
 def save_document(store: Store, key: Key, version: int, kind: FileKind, document: bytes) -> str:

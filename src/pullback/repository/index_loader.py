@@ -15,7 +15,8 @@ from pullback.errors import Damaged
 from pullback.repository.blob import PackId
 from pullback.repository.cache_folder import CacheFolder
 from pullback.repository.crypto import Key
-from pullback.repository.documents import damaged, load_document
+from pullback.repository.damage import damaged
+from pullback.repository.documents import load_document
 from pullback.repository.index import Index, IndexBroken, decode_index
 from pullback.repository.index_cache import CacheBroken, IndexCache, Secrets
 from pullback.repository.index_cache_builder import FILE, IndexCacheBuilder

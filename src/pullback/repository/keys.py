@@ -7,11 +7,15 @@ Apart from the rest: this takes longer than importing everything else, so it beg
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 from pullback.errors import Damaged, WrongPassword
-from pullback.repository.crypto import Key, KeyFileInvalid, SealBroken, open_key_file
-from pullback.repository.documents import damaged
+from pullback.repository.damage import damaged
+from pullback.repository.key_file import KeyFile, KeyFileInvalid
 from pullback.repository.store import FileKind, Store
+
+if TYPE_CHECKING:
+    from pullback.repository.crypto import Key
 
 
 def find_key(store: Store, password: str) -> Key:
@@ -25,9 +29,8 @@ def find_key(store: Store, password: str) -> Key:
         try:
             if hashlib.sha256(content).hexdigest() != name:
                 raise KeyFileInvalid("its SHA-256 is not its name")
-            return open_key_file(content, password)
-        except SealBroken:
-            continue
+            if (key := _opened(KeyFile.parse(content), password)) is not None:
+                return key
         except KeyFileInvalid as error:
             broken = damaged(FileKind.KEYS, name, str(error))
     if broken is not None:
@@ -36,3 +39,15 @@ def find_key(store: Store, password: str) -> Key:
         f"No key of the repository {store.location} opens with this password",
         todo="Check RESTIC_PASSWORD, RESTIC_PASSWORD_FILE or RESTIC_PASSWORD_COMMAND.",
     )
+
+
+def _opened(file: KeyFile, password: str) -> Key | None:
+    """What the password opens; None if it is another's."""
+    secret = file.derive(password)
+    # By now others have imported this.
+    from pullback.repository.crypto import Key, SealBroken
+
+    try:
+        return Key.of_file(file, secret)
+    except SealBroken:
+        return None

@@ -10,7 +10,7 @@ from pullback.errors import Damaged
 from pullback.repository.blob import MAX_BLOB, BlobId, BlobKind, BlobLocation, CompressionBroken, PackId, decompress
 from pullback.repository.blob import blob_id as hash_of
 from pullback.repository.crypto import Key, SealBroken
-from pullback.repository.documents import DAMAGE_MEANS, DAMAGE_TODO, damaged
+from pullback.repository.damage import DAMAGE_MEANS, DAMAGE_TODO, damaged
 from pullback.repository.index import Index
 from pullback.repository.store import Bytes, FileKind, Store
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from pullback.errors import Damaged, RepositoryError, UsageError
+from pullback.repository.damage import DAMAGE_MEANS, DAMAGE_TODO
 from pullback.repository.direct_io import read_part, write_all
-from pullback.repository.documents import DAMAGE_MEANS, DAMAGE_TODO
 from pullback.repository.store import ID_NAME, Bytes, FileKind, buffers, describe, relative_path
 
 _ADVICE = {

@@ -32,7 +32,8 @@ from typing import Any, Self
 
 from pullback.errors import Damaged, RepositoryError, RepositoryLocked
 from pullback.repository.crypto import Key
-from pullback.repository.documents import damaged, load_document, save_document
+from pullback.repository.damage import damaged
+from pullback.repository.documents import load_document, save_document
 from pullback.repository.store import FileKind, Store
 from pullback.repository.tree import go_json, go_time, parse_time
 

@@ -30,11 +30,13 @@ from pullback.errors import (
 from pullback.repository.blob import BlobId, BlobKind, BlobLocation, PackId
 from pullback.repository.cache_folder import CacheFolder
 from pullback.repository.cached_store import CachedStore
-from pullback.repository.crypto import Key, ScryptCost, make_key_file
-from pullback.repository.documents import damaged, load_document, save_document
+from pullback.repository.crypto import Key, make_key_file
+from pullback.repository.damage import damaged
+from pullback.repository.documents import load_document, save_document
 from pullback.repository.index import Index, encode_index
 from pullback.repository.index_cache import IndexCache
 from pullback.repository.index_loader import IndexLoader
+from pullback.repository.key_file import ScryptCost
 from pullback.repository.keys import find_key
 from pullback.repository.loader import BlobLoader
 from pullback.repository.local_store import LocalStore
