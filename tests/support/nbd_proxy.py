@@ -158,6 +158,10 @@ class _Link:
         for link in (self._client, self._server):
             with contextlib.suppress(OSError):
                 link.shutdown(socket.SHUT_RDWR)
+                # As if it were closed.  With something left in it QEMU's end is not told that it may write, and QEMU
+                # waits for that with all else that it does.
+                while link.recv(1 << 20):
+                    pass
 
     def _run(self, work: Callable[[], None]) -> None:
         try:

@@ -57,6 +57,17 @@ class _Table:
         self.ids = bytearray()
         self.numbers = array("I")
 
+    def first(self, blob: bytes) -> int | None:
+        """The oldest entry number of a blob, None if it is unknown; half the time that `find` takes for it."""
+        slots, ids = self.slots, self.ids
+        mask = len(slots) - 1
+        slot: int = _first_slot(blob)[0] & mask
+        while entry := slots[slot]:
+            if ids.startswith(blob, (entry - 1) * 32):
+                return entry - 1
+            slot = (slot + 1) & mask
+        return None
+
     def find(self, blob: bytes) -> Iterator[int]:
         """Entry numbers of a blob, oldest first."""
         slots, ids = self.slots, self.ids
@@ -219,9 +230,10 @@ class Index:
         """The plain length in bytes of each blob, None where it is unknown; for many at once, faster than lookup."""
         nothing: list[int | None] = [None] * len(blobs)
         found = self._ask(lambda cached: cached.lengths(kind, blobs), nothing) if blobs else nothing
+        table = self._tables[kind]
         for number, blob in enumerate(blobs):
-            if found[number] is None and (place := next(self._in_memory(kind, blob), None)) is not None:
-                found[number] = place.uncompressed_length
+            if found[number] is None and (entry := table.first(blob)) is not None:
+                found[number] = table.numbers[4 * entry + 3] & ~_COMPRESSED
         return found
 
     @staticmethod
@@ -233,9 +245,7 @@ class Index:
         """Whether the blob is known, and not only in packs that are lost."""
         if self.lost:
             return any(place.pack_id not in self.lost for place in self.lookup_all(kind, blob))
-        return self._ask(lambda cached: cached.has(kind, blob), False) or (
-            next(self._tables[kind].find(blob), None) is not None
-        )
+        return self._ask(lambda cached: cached.has(kind, blob), False) or self._tables[kind].first(blob) is not None
 
     def memory(self) -> int:
         """Bytes taken by the arrays (not by the few bytes per pack)."""
