@@ -18,6 +18,24 @@ echo $$ >"$2"
 exec sleep 600
 """
 
+DEAF_ONCE = """#!/bin/sh
+trap 'trap "exit 0" TERM' TERM
+echo $$ >"$2"
+while :; do sleep 0.05; done
+"""
+
+
+def test_a_daemon_that_missed_the_signal_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / storage_daemon.PROGRAM
+    program.write_text(DEAF_ONCE)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(storage_daemon, "_ASK_EVERY", 0.3)
+    with StorageDaemon([], [], tmp_path) as daemon:
+        pass
+    assert daemon._process is not None
+    assert daemon._process.returncode == 0
+
 
 def test_a_daemon_that_does_not_end_in_time_is_killed_and_its_images_are_not_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -27,6 +45,7 @@ def test_a_daemon_that_does_not_end_in_time_is_killed_and_its_images_are_not_bel
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(storage_daemon, "_STOP", 0.2)
+    monkeypatch.setattr(storage_daemon, "_ASK_EVERY", 0.1)
     daemon = StorageDaemon([], [], tmp_path)
     with pytest.raises(RestoreError, match="storage-daemon ended with -9: still writing"), daemon:
         pass
