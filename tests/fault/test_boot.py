@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import select
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +18,8 @@ import pytest
 from lab import images
 from lab.monitor import Monitor, QmpError
 from lab.processes import wait_for
+from pullback.engine.boot import Boot, BootRequest
+from pullback.engine.events import Booted, Event
 from tests.support.backups import open_repository
 from tests.support.cli import Terminal
 from tests.support.product import MIB, Stage
@@ -212,6 +217,54 @@ def test_what_is_thrown_away_is_gone_however_it_ends(world: World, number: signa
         done = world.stage.cli("boot", world.backup, "--work", world.work, "--", *ENDS_BY_ITSELF)
         assert done.code == 0, done.err
         assert "thrown away" in done.out
+    assert not list(world.work.iterdir())
+
+
+def test_it_is_booted_once_all_of_its_sockets_are_there(world: World, lab_dir: Path) -> None:
+    """QEMU listens at its monitor before it makes the domain, and may wait for somebody in between."""
+    waits = ("-serial", f"unix:{lab_dir}/serial,server=on,wait=on")
+    command = ("boot", world.backup, "--json", "--work", world.work, "--", *FIRMWARE_ONLY, *waits)
+    with world.stage.running(*command) as process, socket.socket(socket.AF_UNIX) as user:
+        server = Server(process)
+        assert server.read("note")
+        assert "waiting for connection" in server.events[-1]["message"]
+        assert list(world.work.glob("*/qmp"))
+        assert not select.select([process.stdout], [], [], 0.5)[0]
+        user.connect(str(lab_dir / "serial"))
+        assert server.read("booted")
+        done = server.end()
+    assert done.code == 130
+    assert not list(world.work.iterdir())
+
+
+def test_one_that_is_stopped_before_it_came_up(world: World, lab_dir: Path) -> None:
+    waits = ("-serial", f"unix:{lab_dir}/serial,server=on,wait=on", "-pidfile", str(lab_dir / "pid"))
+    command = ("boot", world.backup, "--json", "--work", world.work, "--", *FIRMWARE_ONLY, *waits)
+    with world.stage.running(*command) as process:
+        wait_for((lab_dir / "serial").is_socket, "the socket at which it waits", 60)
+        done = Server(process).end()
+    assert done.code == 130
+    assert "interrupted" in done.event("error")["message"]
+    assert not list(world.work.iterdir())
+
+
+@pytest.mark.parametrize("kept", [True, False])
+async def test_a_program_that_gives_up_has_its_domain_ended(world: World, kept: bool) -> None:
+    where = {"to": world.to} if kept else {"work": str(world.work)}
+    booted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def hear(event: Event) -> None:
+        if isinstance(event, Booted):
+            booted.set_result(event.pid)
+
+    request = BootRequest(world.backup, arguments=FIRMWARE_ONLY, **where)
+    running = asyncio.create_task(Boot(request, lambda: open_repository(world.stage.repo), hear).run())
+    pid = await asyncio.wait_for(booted, 60)
+    assert lives(pid)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert not lives(pid)
     assert not list(world.work.iterdir())
 
 

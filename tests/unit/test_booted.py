@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -18,6 +19,8 @@ from pullback.engine import booted
 from pullback.engine.booted import Start, accelerator, find_running, start_qemu
 from pullback.engine.events import Event, Note, silent
 from pullback.errors import DomainError, DomainUnreachable
+from pullback.qemu import monitor
+from tests.support.greeting import greeting_server
 
 SLEEPS = ("sleep", "600")
 LISTENS = "import socket, sys; socket.socket(fileno=int(sys.argv[1])).listen()"
@@ -70,14 +73,34 @@ async def test_one_that_never_listens_is_ended(tmp_path: Path, monkeypatch: pyte
         await start_qemu(start(tmp_path, dies_with_us=True), silent)
 
 
+async def test_one_that_listens_may_take_its_time_to_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits at another socket, say; those who gave up hearing from it are in its queue."""
+    monkeypatch.setattr(booted, "_START", 0.1)
+    monkeypatch.setattr(monitor, "GREETING_TIMEOUT", 0.1)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path := str(tmp_path / "qmp"))
+        listener.listen(0)
+        starting = asyncio.create_task(start_qemu(start(tmp_path), silent))
+        await asyncio.sleep(0.5)
+        assert not starting.done()
+        async with greeting_server(answers := str(tmp_path / "answers"), [{"return": {}}]):
+            os.replace(answers, path)
+            qemu = await starting
+    await qemu.end()
+
+
+async def test_one_that_nobody_waits_for_any_more_is_ended(tmp_path: Path) -> None:
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(start_qemu(start(tmp_path, dies_with_us=True), silent), 0.3)
+
+
 async def test_one_that_does_not_end_is_killed_and_that_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(booted, "_STOP", 0.1)
-    with socket.socket(socket.AF_UNIX) as listener, ignored(signal.SIGTERM):
-        listener.bind(str(tmp_path / "qmp"))
-        listener.listen()
-        qemu = await start_qemu(start(tmp_path), silent)
+    with ignored(signal.SIGTERM):
+        async with greeting_server(str(tmp_path / "qmp"), [{"return": {}}]):
+            qemu = await start_qemu(start(tmp_path), silent)
     await qemu.end()
     with pytest.raises(DomainError, match=r"QEMU ended by SIGKILL\. It means\. Do that\."):
         qemu.check("It means.", "Do that.")

@@ -21,6 +21,7 @@ from pullback.errors import CommandFailed, DomainBusy, DomainUnreachable
 from pullback.plan.command import JobGone, Step
 from pullback.qemu import execute, guard, monitor
 from pullback.qemu.monitor import Monitor, Peer
+from tests.support.greeting import greeting_server
 
 LIMIT = 10
 JOB = "pullback-s1-0"
@@ -68,30 +69,12 @@ async def test_a_socket_without_a_greeting_is_in_use_and_is_let_go_of(
     assert line.socket.fileno() == -1
 
 
-GREETING = {"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}
-
-
-@asynccontextmanager
-async def greeting(path: str, answers: list[dict[str, Any]]) -> AsyncIterator[None]:
-    """A server that greets, and answers the first thing it hears from each client in turn with one of ``answers``."""
-
-    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(json.dumps(GREETING).encode() + b"\n")
-        await reader.read(4096)
-        writer.write(json.dumps(answers.pop(0)).encode() + b"\n")
-        await reader.read()
-        writer.close()
-
-    async with await asyncio.start_unix_server(greet, path):
-        yield
-
-
 REFUSED: dict[str, Any] = {"error": {"class": "CommandNotFound", "desc": "negotiation is complete"}}
 
 
 async def test_a_negotiation_that_fails_is_begun_anew_once(tmp_path: Path) -> None:
     path, answers = str(tmp_path / "qmp"), [REFUSED, {"return": {}}]
-    async with greeting(path, answers):
+    async with greeting_server(path, answers):
         made = await monitor.connect(first := monitor.dial(path))
         await made.close()
     assert (answers, first.socket.fileno()) == ([], -1)
@@ -99,7 +82,7 @@ async def test_a_negotiation_that_fails_is_begun_anew_once(tmp_path: Path) -> No
 
 async def test_and_no_more_than_once(tmp_path: Path) -> None:
     path, answers = str(tmp_path / "qmp"), [REFUSED, REFUSED, {"return": {}}]
-    async with greeting(path, answers):
+    async with greeting_server(path, answers):
         with pytest.raises(DomainUnreachable, match="is not a QMP socket"):
             await monitor.connect(monitor.dial(path))
     assert len(answers) == 1

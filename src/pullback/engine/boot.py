@@ -200,6 +200,9 @@ class Boot:
                 self.stop()  # without its backup the domain would wait for nothing
                 await asyncio.wait({running})
                 serving.result()
+        except asyncio.CancelledError:
+            self.stop()
+            raise
         finally:
             await asyncio.wait({running})
             serve.stop()
@@ -211,8 +214,33 @@ class Boot:
             await self._ready.wait()
         if self._stopping.is_set():
             return
-        qemu = await self._start(run)
         stopped = asyncio.create_task(self._stopping.wait())
+        try:
+            if (qemu := await self._start_unless(stopped, run)) is not None:
+                await self._attend(qemu, stopped, run, let_go)
+        finally:
+            stopped.cancel()
+
+    async def _start_unless(self, stopped: asyncio.Task[bool], run: _Run) -> BootedQemu | None:
+        """Start it; one that has not come up when ``stopped`` is done is ended again."""
+        starting = asyncio.create_task(self._start(run))
+        try:
+            await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not starting.done():
+                starting.cancel()
+                await asyncio.wait({starting})
+                run.remove_sockets()
+        return None if starting.cancelled() else starting.result()
+
+    async def _attend(
+        self,
+        qemu: BootedQemu,
+        stopped: asyncio.Task[bool],
+        run: _Run,
+        let_go: Callable[[], Awaitable[None]] | None,
+    ) -> None:
+        """Be there until it ends or is to end; it has ended when this returns."""
         ended = asyncio.create_task(qemu.wait())
         filling = asyncio.create_task(self._fill(run, let_go))
         try:
@@ -221,7 +249,6 @@ class Boot:
             run.over.set()
             await qemu.end()
             run.remove_sockets()
-            stopped.cancel()
             await asyncio.wait({filling, ended})
         filling.result()
         if not self._stopping.is_set():

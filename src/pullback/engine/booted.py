@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pullback.engine.events import Emit, Note
-from pullback.errors import DomainError, DomainUnreachable, UsageError
+from pullback.errors import DomainBusy, DomainError, DomainUnreachable, UsageError
 from pullback.plan import boot as plan
-from pullback.qemu.monitor import dial
+from pullback.qemu.monitor import Line, connect, dial
 from pullback.qemu.storage_daemon import Watcher
 
 _KVM = Path("/dev/kvm")
@@ -123,12 +123,15 @@ class BootedQemu:
         return self._ended.is_set()
 
     async def come_up(self, qmp: str) -> None:
-        """Return when it listens, or has ended.  DomainUnreachable if it does neither in time."""
+        """Return when it answers, or has ended.  DomainUnreachable if it does not even listen in time.
+
+        It listens before the sockets after this one and the domain's devices are made, and may then wait for somebody
+        at one of its user's sockets (``wait=on``): there is no limit on that.
+        """
         deadline = time.monotonic() + _START
         while not self._ended.is_set():
             try:
-                dial(qmp).socket.close()
-                return
+                line = dial(qmp)
             except DomainUnreachable as error:
                 if time.monotonic() > deadline:
                     raise DomainUnreachable(
@@ -136,6 +139,11 @@ class BootedQemu:
                         means="It was ended again; the backup is untouched.",
                         todo="Try again when the machine is less busy; QEMU's own arguments have to leave it alone.",
                     ) from error
+            except DomainBusy:  # by us: who gave up is among those who wait to be heard
+                pass
+            else:
+                if await _answers(line):
+                    return
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), 0.02)
 
@@ -171,8 +179,17 @@ class BootedQemu:
         raise DomainError(f"QEMU ended {how}{said}", means=means, todo=todo)
 
 
+async def _answers(line: Line) -> bool:
+    try:
+        monitor = await connect(line)
+    except (DomainUnreachable, DomainBusy):
+        return False
+    await monitor.close()
+    return True
+
+
 async def start_qemu(start: Start, emit: Emit) -> BootedQemu:
-    """Start QEMU, and wait until its monitor listens or it has ended."""
+    """Start QEMU, and wait until it answers or has ended; ended again when this is cancelled."""
     on_terminal = start.console == "terminal"
     process = await asyncio.create_subprocess_exec(
         *start.argv,

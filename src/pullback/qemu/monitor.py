@@ -248,7 +248,7 @@ async def _greeted(line: Line) -> _Client:
     except TimeoutError as error:  # the client has disconnected, but may not have had the socket yet
         line.socket.close()
         raise _in_use(line.path) from error
-    except ConnectError:
+    except (ConnectError, asyncio.CancelledError):
         line.socket.close()
         raise
     return client
