@@ -7,6 +7,7 @@ import fcntl
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from lab.processes import wait_for
 from pullback.engine import offline
 from pullback.engine.offline import DaemonPlace, OfflineDaemon, holders_of
 
@@ -105,6 +107,29 @@ def test_an_orphan_that_ends_by_itself_needs_no_signal(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "kill", late)
-        OfflineDaemon(place)._end_orphan()
+        OfflineDaemon(place).wait(ending=other.pid)
     assert sent == [signal.SIGTERM]
     assert list(place.socket.parent.iterdir()) == []
+
+
+def test_one_that_missed_the_signal_is_asked_again(place: DaemonPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "ASK_EVERY", 0.2)
+    trapped = place.socket.parent / "trapped"
+    deaf = f"trap 'trap \"exit 0\" TERM' TERM; touch {trapped}; while :; do sleep 0.05; done"
+    with subprocess.Popen(["sh", "-c", deaf]) as process:
+        wait_for(trapped.exists, "the process to be deaf")
+        OfflineDaemon(place).wait(ending=process.pid)
+        assert process.wait(0) == 0
+
+
+def test_a_pidfile_is_there_before_what_stands_in_it(place: DaemonPlace, other: subprocess.Popen[bytes]) -> None:
+    place.pidfile.write_text("")
+    writing = threading.Timer(0.1, place.pidfile.write_text, [f"{other.pid}\n"])
+    writing.start()
+    assert OfflineDaemon(place)._pid() == other.pid
+    writing.join()
+
+
+def test_a_pidfile_of_one_that_was_killed_may_stay_empty(place: DaemonPlace) -> None:
+    place.pidfile.write_text("")
+    assert OfflineDaemon(place)._pid() is None

@@ -33,7 +33,9 @@ def test_a_socket_that_takes_no_more_clients_is_in_use(tmp_path: Path) -> None:
         listener.bind(path)
         listener.listen(0)
         first.connect(path)
-        with pytest.raises(DomainBusy, match=r"gave no greeting.*holds this monitor.*second -qmp socket") as caught:
+        with pytest.raises(
+            DomainBusy, match=r"takes no more clients now.*holds this monitor.*second -qmp socket"
+        ) as caught:
             monitor.dial(path)
     assert caught.value.exit_code == 4
 
@@ -171,8 +173,9 @@ def test_the_guard_tries_again_until_the_domain_goes_on(tmp_path: Path, monkeypa
                 lines.write(greeting)
                 lines.flush()
                 while stays and (line := lines.readline()):
-                    heard.append(json.loads(line)["execute"])
-                    lines.write(b'{"event": "RESUME"}\n{"return": {}}\n')
+                    heard.append((command := json.loads(line))["execute"])
+                    reply = json.dumps({"return": {}, "id": command["id"]}).encode()
+                    lines.write(b'{"event": "RESUME"}\n{"return": {}, "id": "of the dead one"}\n' + reply + b"\n")
                     lines.flush()
 
     with socket.socket(socket.AF_UNIX) as listener:

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from lab.processes import wait_for
 from pullback.errors import RestoreError
 from pullback.qemu import storage_daemon
-from pullback.qemu.storage_daemon import StorageDaemon
+from pullback.qemu.storage_daemon import StorageDaemon, Watcher
 
 STUBBORN = """#!/bin/sh
 trap '' TERM
@@ -30,7 +32,7 @@ def test_a_daemon_that_missed_the_signal_is_asked_again(tmp_path: Path, monkeypa
     program.write_text(DEAF_ONCE)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(storage_daemon, "_ASK_EVERY", 0.3)
+    monkeypatch.setattr(storage_daemon, "ASK_EVERY", 0.3)
     with StorageDaemon([], [], tmp_path) as daemon:
         pass
     assert daemon._process is not None
@@ -45,9 +47,21 @@ def test_a_daemon_that_does_not_end_in_time_is_killed_and_its_images_are_not_bel
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(storage_daemon, "_STOP", 0.2)
-    monkeypatch.setattr(storage_daemon, "_ASK_EVERY", 0.1)
+    monkeypatch.setattr(storage_daemon, "ASK_EVERY", 0.1)
     daemon = StorageDaemon([], [], tmp_path)
     with pytest.raises(RestoreError, match="storage-daemon ended with -9: still writing"), daemon:
         pass
     assert daemon._process is not None
     assert not Path(f"/proc/{daemon._process.pid}").exists()
+
+
+def test_a_watcher_asks_again_and_ends_with_what_it_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_daemon, "ASK_EVERY", 0.2)
+    (program := tmp_path / "deaf daemon").write_text(DEAF_ONCE)
+    program.chmod(0o755)
+    with subprocess.Popen([program, "", tmp_path / "pid"]) as process:
+        wait_for((tmp_path / "pid").exists, "the process to be deaf")
+        watcher = Watcher(process.pid)
+        watcher._process.stdin.close()  # as when we die
+        assert process.wait(10) == 0
+        watcher._process.wait(10)

@@ -21,10 +21,12 @@ from pathlib import Path
 from pullback.errors import DomainUnreachable, UsageError
 from pullback.plan.offline import Image
 from pullback.qemu.monitor import Line, dial
-from pullback.qemu.storage_daemon import PROGRAM, Watcher, qemu_program
+from pullback.qemu.storage_daemon import ASK_EVERY, PROGRAM, Watcher, qemu_program
 
 #: Seconds for the daemon to come up (it opens the images), and to end (it stores their bitmaps).
 _START, _STOP = 30.0, 120.0
+#: Seconds from a pidfile to what stands in it.
+_WRITTEN = 1.0
 
 _TARGET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,25}")
 _QCOW2_MAGIC = b"QFI\xfb"
@@ -191,7 +193,8 @@ class OfflineDaemon:
             if self._place.kept.exists():
                 return line
             line.socket.close()
-            self._end_orphan()
+            # Its client was killed, and it may be ending already.
+            self.wait(ending=line.peer.pid)
         with self._place.log.open("wb") as log:
             self._process = subprocess.Popen(
                 _arguments(self._place),
@@ -202,7 +205,7 @@ class OfflineDaemon:
             )
         self._watcher = Watcher(self._process.pid)
         deadline = time.monotonic() + _START
-        while not self._place.pidfile.exists():
+        while not _written(self._place.pidfile):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise self._failed()
             time.sleep(0.005)
@@ -213,25 +216,25 @@ class OfflineDaemon:
         self.terminate()
         return DomainUnreachable(f"the storage daemon did not start: {said[0]}", means="Nothing was touched.")
 
-    def _end_orphan(self) -> None:
-        """End a daemon that was not left on purpose: its client was killed, and it may be ending already."""
-        pid = self._pid()
-        if pid is not None and _alive(pid, None):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        self.wait()
-
     def leave(self) -> None:
         """Let the daemon live on: something of ours is in it."""
         self._place.kept.touch()
         if self._watcher is not None:
             self._watcher.release()
 
-    def wait(self) -> None:
-        """Wait for the daemon to end, after ``quit`` or its maker's death; what its images hold is stored then."""
-        pid = self._pid()
+    def wait(self, ending: int | None = None) -> None:
+        """Wait for the daemon to end, after ``quit`` or its maker's death; what its images hold is stored then.
+
+        Process ``ending`` is asked to end.
+        """
+        pid = self._pid() if ending is None else ending
         deadline = time.monotonic() + _STOP
+        asked = -ASK_EVERY
         while pid is not None and _alive(pid, self._process) and time.monotonic() < deadline:
+            if ending is not None and time.monotonic() - asked >= ASK_EVERY:
+                asked = time.monotonic()
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
             time.sleep(0.005)
         if self._watcher is not None:
             self._watcher.release()
@@ -242,16 +245,26 @@ class OfflineDaemon:
     def terminate(self) -> None:
         """End the daemon we started, in order, when it could not be told to quit; a found one is left alone."""
         if self._process is not None:
-            self._process.terminate()
-            self.wait()
+            self.wait(ending=self._process.pid)
 
     def _pid(self) -> int | None:
         if self._process is not None:
             return self._process.pid
-        try:
-            return int(self._place.pidfile.read_text())
-        except (OSError, ValueError):
-            return None
+        deadline = time.monotonic() + _WRITTEN
+        while self._place.pidfile.exists() and time.monotonic() < deadline:
+            if text := _written(self._place.pidfile):
+                return int(text)
+            time.sleep(0.005)
+        return None
+
+
+def _written(pidfile: Path) -> str:
+    """What stands in a pidfile, once that is all: the daemon makes it first, and locks it."""
+    try:
+        text = pidfile.read_text()
+    except OSError:
+        return ""
+    return text if re.fullmatch(r"[0-9]+\n", text) else ""
 
 
 def _alive(pid: int, process: subprocess.Popen[bytes] | None) -> bool:

@@ -30,11 +30,14 @@ _MESSAGE = 32
 #: For how long, in seconds, the guard tries to reach the other side.
 PERSISTENCE = 30.0
 
+_SYNC = 20180525
+
 #: What to say to each kind of socket, in order.  A guest agent first gets a byte that ends whatever was half said.
+#: The reply to what the dead one asked may still come, to us: so each first command has an answer that is its own.
 _UNDO: dict[str, list[dict[str, object]]] = {
-    "qmp": [{"execute": "qmp_capabilities"}, {"execute": "cont"}],
+    "qmp": [{"execute": "qmp_capabilities", "id": "guard-greets"}, {"execute": "cont", "id": "guard"}],
     "agent": [
-        {"execute": "guest-sync-delimited", "arguments": {"id": 20180525}},
+        {"execute": "guest-sync-delimited", "arguments": {"id": _SYNC}},
         {"execute": "guest-fsfreeze-thaw"},
     ],
 }
@@ -56,9 +59,17 @@ def _undo(kind: str, path: str) -> None:
                 line = lines.readline()
                 if not line:
                     raise ConnectionResetError("it closed the connection")
-                reply = json.loads(line.rpartition(b"\xff")[2])
-                if "return" in reply or "error" in reply:
+                if _answers(json.loads(line.rpartition(b"\xff")[2]), command):
                     break
+
+
+def _answers(reply: dict[str, object], command: dict[str, object]) -> bool:
+    """Whether this is what came of ``command``, and not of one that somebody else gave."""
+    if command["execute"] == "guest-sync-delimited":
+        return reply.get("return") == _SYNC
+    if "id" in command and "id" in reply:
+        return reply["id"] == command["id"]
+    return "error" in reply or ("return" in reply and "id" not in command)
 
 
 def _persist(kind: str, path: str) -> None:
@@ -80,7 +91,7 @@ def _persist(kind: str, path: str) -> None:
 
 def _undo_beside(kind: str, shared: int) -> None:
     """Undo over the connection of one that lives, and will find a reply with an id that it never used."""
-    line = json.dumps(_UNDO[kind][-1] | ({"id": "guard"} if kind == "qmp" else {})).encode() + b"\r\n"
+    line = json.dumps(_UNDO[kind][-1]).encode() + b"\r\n"
     try:
         os.write(shared, line)
     except OSError:

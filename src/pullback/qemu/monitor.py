@@ -75,7 +75,7 @@ def dial(path: str) -> Line:
         credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     except BlockingIOError as error:
         link.close()
-        raise _in_use(path) from error
+        raise _in_use(path, "takes no more clients now") from error
     except OSError as error:
         link.close()
         raise _no_connection(path, error) from error
@@ -94,9 +94,9 @@ def _acting(pid: int, uid: int, gid: int) -> Peer:
     return Peer(pid, int(ids["Uid"][3]), int(ids["Gid"][3]))
 
 
-def _in_use(path: str) -> DomainBusy:
+def _in_use(path: str, how: str) -> DomainBusy:
     return DomainBusy(
-        f"the QMP socket {path} gave no greeting within {GREETING_TIMEOUT:.0f} s",
+        f"the QMP socket {path} {how}",
         means="Another program holds this monitor (it serves one client at a time), or it is no QMP socket.",
         todo="Give QEMU a second -qmp socket for backups.",
     )
@@ -229,7 +229,7 @@ async def connect(line: Line, trace: Trace | None = None) -> Monitor:
     except ConnectError as error:
         if not isinstance(error.exc, NegotiationError):
             raise _no_qmp(line.path) from error
-        # Greeted, and then what came was no reply: seen once in some ten thousand connections, with 7.2.
+        # Greeted, and then came the reply to what the client before us had asked, and did not wait for.
         try:
             client = await _greeted(line := dial(line.path))
         except ConnectError as again:
@@ -247,7 +247,7 @@ async def _greeted(line: Line) -> _Client:
             await client.connect(line.socket)
     except TimeoutError as error:  # the client has disconnected, but may not have had the socket yet
         line.socket.close()
-        raise _in_use(line.path) from error
+        raise _in_use(line.path, f"gave no greeting within {GREETING_TIMEOUT:.0f} s") from error
     except (ConnectError, asyncio.CancelledError):
         line.socket.close()
         raise
