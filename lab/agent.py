@@ -70,16 +70,19 @@ def _packages() -> list[Path]:
     if not kept.is_dir():
         with tempfile.TemporaryDirectory(prefix="build-packages-", dir=guest.CACHE) as place:
             try:
-                names = _names()
-            except LabError:
+                fresh = _download(Path(place) / "first")
+            except LabError:  # no lists yet, or ones that name a package which the archive has replaced
                 guest._update_package_lists()
-                names = _names()
-            fresh = Path(place) / "fresh"
-            fresh.mkdir()
-            # The download would otherwise run as a user who may not write here.
-            run(["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *names], cwd=fresh, timeout=600)
+                fresh = _download(Path(place) / "second")
             fresh.rename(kept)
     return sorted(kept.glob("*.deb"))
+
+
+def _download(place: Path) -> Path:
+    place.mkdir()
+    # The download would otherwise run as a user who may not write here.
+    run(["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *_names()], cwd=place, timeout=600)
+    return place
 
 
 def _names() -> list[str]:

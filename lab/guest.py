@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,7 +118,16 @@ def _download(place: Path) -> None:
 
 def _update_package_lists() -> None:
     sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
-    run([*sudo, "apt-get", "-q", "update"], timeout=600)
+    deadline = time.monotonic() + 300
+    while True:
+        try:
+            run([*sudo, "apt-get", "-q", "update"], timeout=600)
+            return
+        except LabError as error:
+            # Soon after a boot others hold it, for minutes; apt can wait for dpkg's lock, not for this one.
+            if "/lists/lock" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(5)
 
 
 def _busybox_files(busybox: Path) -> dict[str, tuple[bytes, int]]:

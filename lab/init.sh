@@ -38,11 +38,15 @@ done
 exec </dev/ttyS1 >/dev/ttyS1
 stty raw -echo
 echo "ready $(ls /sys/block | wc -l)"
-while read -r id script; do
-    echo "$script" | base64 -d >/run/script
-    sh /run/script </dev/null >/run/output 2>&1
-    code=$?
-    echo "$id $code $(stat -c %s /run/output)"
-    cat /run/output
-done
+# In a child: process 1 also gets to know of the end of every orphan, which has busybox's `read` forget what it has
+# read of a line so far.
+(
+    while read -r id script; do
+        echo "$script" | base64 -d >/run/script
+        sh /run/script </dev/null >/run/output 2>&1
+        code=$?
+        echo "$id $code $(stat -c %s /run/output)"
+        cat /run/output
+    done
+)
 poweroff -f

@@ -257,6 +257,8 @@ class BareQemu(Qemu):
         with log.open("rb") as lines:
             lines.seek(before)
             said = (answer + lines.read().decode(errors="replace")).strip()
+        # QEMU's own word for an NBD client that went away meanwhile; qemu-io's lines name no program.
+        said = re.sub(r"^\S+: Disconnect client\b.*\n?", "", said, flags=re.MULTILINE)
         done = re.search(r"^(?:wrote|read|discard) (\d+)/(\d+) bytes", said, re.MULTILINE)
         wanted = (str(length), str(length)) if length is not None else None
         failed = re.search(r"failed|error|invalid|not a valid|cannot|no medium", said, re.IGNORECASE)

@@ -129,17 +129,24 @@ class Vm(Qemu):
         if len(encoded) > LONGEST_SCRIPT:
             raise ValueError(f"a script of {len(script)} characters is too long for the guest's serial port")
         with self._turn:
-            number = str(next(self._numbers))
+            number = next(self._numbers)
             self._connection().sendall(f"{number} {encoded}\n".encode())
             deadline = time.monotonic() + timeout
-            while True:
-                answered, code, length = self._line(deadline).split()
-                output = self._exactly(int(length), deadline)
-                if answered == number:  # others are answers that an earlier call did not wait for
-                    break
-        if code != "0":
-            raise GuestError(script, int(code), output)
+            answered = 0
+            while answered < number:  # smaller ones are answers that an earlier call did not wait for
+                answered, code, length = self._answer(number, deadline)
+                output = self._exactly(length, deadline)
+        if code:
+            raise GuestError(script, code, output)
         return output
+
+    def _answer(self, number: int, deadline: float) -> tuple[int, int, int]:
+        """The number, the exit code and the length of the next answer; LabError when it cannot be one up to ours."""
+        line = self._line(deadline)
+        words = line.split()
+        if len(words) != 3 or not all(word.isdecimal() for word in words) or int(words[0]) > number:
+            raise LabError(f"{self.name}: the guest's shell answered {line!r} to command {number}")
+        return int(words[0]), int(words[1]), int(words[2])
 
     def start_background(self, script: str) -> GuestJob:
         """Start a shell script in the guest and let it run beside everything else."""

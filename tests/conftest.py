@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from lab.processes import LabTimeout, wait_for
 from lab.qemu import PROGRAM, BareQemu, qemu_version, short_directory
@@ -22,6 +23,10 @@ from tests.support.judging import judge_all
 from tests.support.survival import FaultTable
 
 MARK = "PULLBACK_TEST_SESSION"
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 def pytest_report_header() -> str:
@@ -89,6 +94,20 @@ def no_process_survives() -> Iterator[None]:
 def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing of the tests is kept where the user's own cache is."""
     os.environ["PULLBACK_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def handles() -> Callable[[], dict[int, str]]:
+    """What this process has open.  What earlier tests left to be collected may be closed between two looks."""
+
+    def look() -> dict[int, str]:
+        found = {}
+        for one in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found[int(one.name)] = os.readlink(one)
+        return found
+
+    return look
 
 
 @pytest.fixture

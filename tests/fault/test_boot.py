@@ -28,6 +28,9 @@ from tests.support.survival import Fault
 
 SIZE = 48 * MIB
 MODEL = random_disk(SIZE, seed=31)
+#: Bytes per second that let a job take its next step after half a minute: while nothing is served it must not wait in
+#: the middle of a read, which whoever writes to the same place would wait for, too.
+SLOW = MIB // 64
 FIRMWARE_ONLY = ("-accel", "tcg", "-m", "64M", "-smp", "1")
 #: The firmware finds nothing to boot, and QEMU ends.
 ENDS_BY_ITSELF = (*FIRMWARE_ONLY, "-no-reboot", "-boot", "reboot-timeout=1")
@@ -37,7 +40,7 @@ def lives(pid: int) -> bool:
     """Whether a QEMU of this number runs."""
     try:
         name, state = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rsplit(") ", 1)
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
     return name.startswith("qemu") and state[0] != "Z"
 
@@ -60,7 +63,8 @@ class World:
     def booting(self, *, kept: bool = True) -> Iterator[Server]:
         """The command, once the domain runs; no QEMU of it is left at the block's end."""
         where = ("--to", self.to) if kept else ("--work", self.work)
-        own = ("-qmp", f"unix:{self._own},server=on,wait=off")
+        # Its processor stands still: QEMU waits with a firmware that resets the disk while nothing is served.
+        own = ("-S", "-qmp", f"unix:{self._own},server=on,wait=off")
         with self.stage.running("boot", self.backup, "--json", *where, "--", *FIRMWARE_ONLY, *own) as process:
             server = Server(process)
             try:
@@ -93,7 +97,7 @@ class World:
 
         def slowed() -> bool:
             with contextlib.suppress(QmpError):
-                self.qmp.command("block-job-set-speed", {"device": "instant-0", "speed": MIB // 4})
+                self.qmp.command("block-job-set-speed", {"device": "instant-0", "speed": SLOW})
                 return True
             return False
 

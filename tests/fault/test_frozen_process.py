@@ -49,21 +49,27 @@ STOPPED = float(os.environ.get("PULLBACK_TEST_STOPPED", "0"))
 class Stopping(Life):
     """A domain whose backups are stopped for a while."""
 
-    def stopped(self, point: dying.Point) -> int:
-        """A backup that stops itself at ``point`` until the domain has written; its exit code."""
+    def stopped(self, point: dying.Point, *, paused: bool = False) -> int:
+        """A backup that stops itself at ``point`` until the domain has written; its exit code.
+
+        Where the domain is ``paused`` by then, the guard has to let it go on, and does so soon.
+        """
         self.go_on()
         before, chains = references(self.qemu), self.chains()
+        self.qemu.monitor.events.clear()
         child = os.fork()
         if child == 0:
             code = 99
             try:
+                if paused:
+                    execute.PAUSE_LIMIT = 0.5
                 code = dying.hit_here(self.stage, self.qemu, point, signal.SIGSTOP)
             finally:
                 os._exit(code)
         try:
             assert os.WIFSTOPPED(_changed(child))
-            # Within the guard's time, wherever it is.
-            wait_for(lambda: run_state(self.qemu) == "running", "the domain to run on", timeout=10)
+            if paused:  # it may not be by now: QEMU was told, no more
+                self.qemu.monitor.wait_event("RESUME", 10)
             until = time.monotonic() + STOPPED
             self.go_on()
             while time.monotonic() < until:
@@ -111,7 +117,6 @@ def _changed(child: int) -> int:
 
 @pytest.fixture
 def life(lab_dir: Path, bare_qemu: Start, monkeypatch: pytest.MonkeyPatch) -> Stopping:
-    monkeypatch.setattr(execute, "PAUSE_LIMIT", 0.5)
     return Stopping(lab_dir, bare_qemu, monkeypatch)
 
 
@@ -126,7 +131,7 @@ def test_stopped_inside_the_pause(life: Stopping) -> None:
         dying.after_sending(go_on - 1),
     ):
         with survives(Fault.FROZEN_PROCESS):
-            assert life.stopped(point) == 4
+            assert life.stopped(point, paused=True) == 4
     life.go_on()
     life.backup()
     life.judge_all()

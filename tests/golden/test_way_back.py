@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -105,9 +106,11 @@ def unused(real: Real) -> None:
 
 def tls_server(real: Real) -> ServerMark:
     write_certificates(real.directory)
-    with socket.create_server(("127.0.0.1", 0)) as probe_of_a_port:
+    # An address of this process's own: on one that all use, another may get the port while QEMU does not listen.
+    host = f"127.{1 + os.getpid() % 250}.{os.getpid() >> 8 & 255}.7"
+    with socket.create_server((host, 0)) as probe_of_a_port:
         port = probe_of_a_port.getsockname()[1]
-    return ServerMark("inet", f"127.0.0.1:{port}", str(real.directory))
+    return ServerMark("inet", f"{host}:{port}", str(real.directory))
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def in_process(work: Callable[[], None]) -> Iterator[None]:
         work()
         return 0
 
-    thread = threading.Thread(target=lambda: codes.append(forked(child)))
+    thread = threading.Thread(target=lambda: codes.append(forked(child, timeout=240)))
     thread.start()
     try:
         yield

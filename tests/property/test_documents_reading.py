@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -78,7 +77,6 @@ exports = st.builds(
 )
 KINDS = {"snapshot": (snapshots, print_snapshot, parse_snapshot), "export": (exports, print_export, parse_export)}
 each_kind = pytest.mark.parametrize("kind", KINDS)
-quick = partial(settings, deadline=None)
 # What a mutation puts in: parts of documents, and of attacks on readers of XML.
 TOKENS = [
     b"<!DOCTYPE a [<!ENTITY x '&x;'>]>",
@@ -107,7 +105,7 @@ TOKENS = [
 
 
 @each_kind
-@quick(max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_a_printed_document_comes_back(kind: str, data: st.DataObject):
     values, show, parse = KINDS[kind]
@@ -117,7 +115,7 @@ def test_a_printed_document_comes_back(kind: str, data: st.DataObject):
 
 
 @each_kind
-@quick(max_examples=100)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_an_unknown_attribute_is_refused_with_its_place(kind: str, data: st.DataObject):
     values, show, parse = KINDS[kind]
@@ -132,7 +130,7 @@ def test_an_unknown_attribute_is_refused_with_its_place(kind: str, data: st.Data
 
 
 @each_kind
-@quick(max_examples=100)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_an_unknown_element_is_refused_with_its_place(kind: str, data: st.DataObject):
     values, show, parse = KINDS[kind]
@@ -156,7 +154,7 @@ def mutants(draw: st.DrawFn, kind: str) -> bytes:
 
 
 @each_kind
-@quick(max_examples=500)
+@settings(max_examples=500)
 @given(data=st.data())
 def test_a_mutant_is_refused_or_means_what_it_says(kind: str, data: st.DataObject):
     _, show, parse = KINDS[kind]
@@ -168,7 +166,7 @@ def test_a_mutant_is_refused_or_means_what_it_says(kind: str, data: st.DataObjec
         assert parse(show(document).encode()) == document
 
 
-@quick(max_examples=300)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused(data: bytes):
     for parse in (parse_snapshot, parse_export):
@@ -199,7 +197,7 @@ domains = st.builds(
 )
 
 
-@quick(max_examples=100)
+@settings(max_examples=100)
 @given(domains)
 def test_any_domain_can_be_printed_and_its_parts_read(domain: DomainDocument):
     root = etree.fromstring(print_domain(domain))

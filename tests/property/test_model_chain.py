@@ -5,14 +5,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pullback.model.chain import Unknown, bitmap_name, is_checkpoint_name, read_chain
 from pullback.model.facts import Bitmap
-
-# The machine may be busy: how long an example takes says nothing.
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 points = st.sampled_from("ABCD")
 FOREIGN = ("libvirt-1", "pullback-", "pullback-A^B^C")
@@ -26,7 +23,6 @@ heaps = st.lists(
 )
 
 
-@unhurried
 @given(heap=heaps)
 def test_a_chain_is_unbroken_and_ends_recording(heap: list[Bitmap]) -> None:
     chain = read_chain(heap)
@@ -42,7 +38,6 @@ def test_a_chain_is_unbroken_and_ends_recording(heap: list[Bitmap]) -> None:
         assert len(claims) == 1, "two bitmaps claim the last point"
 
 
-@unhurried
 @given(heap=heaps)
 def test_every_bitmap_of_ours_is_used_or_broken(heap: list[Bitmap]) -> None:
     chain = read_chain(heap)
@@ -52,7 +47,6 @@ def test_every_bitmap_of_ours_is_used_or_broken(heap: list[Bitmap]) -> None:
     assert not used & broken
 
 
-@unhurried
 @given(heap=heaps, point=points)
 def test_changes_reach_from_the_point_to_now(heap: list[Bitmap], point: str) -> None:
     chain = read_chain(heap)
@@ -65,7 +59,6 @@ def test_changes_reach_from_the_point_to_now(heap: list[Bitmap], point: str) -> 
         assert edges[-1] == chain.edges[-1]
 
 
-@unhurried
 @given(heap=heaps, order=st.randoms(use_true_random=False))
 def test_the_order_of_the_list_does_not_matter(heap: list[Bitmap], order: object) -> None:
     shuffled = list(heap)
@@ -73,7 +66,6 @@ def test_the_order_of_the_list_does_not_matter(heap: list[Bitmap], order: object
     assert read_chain(shuffled).edges == read_chain(heap).edges
 
 
-@unhurried
 @given(name=st.text(max_size=12), parent=st.none() | st.text(max_size=12))
 def test_names_go_round(name: str, parent: str | None) -> None:
     bitmap = Bitmap(bitmap_name(name, parent), 65536, 0, True, True)

@@ -7,15 +7,12 @@ import json
 from datetime import UTC, timedelta, timezone
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pullback.errors import Damaged, RepositoryUnsupported
 from pullback.model.manifest import BaseRef, DiskEntry, Manifest, parse_manifest
 from tests.support.values import entry, manifest
-
-# The machine may be busy: how long an example takes says nothing.
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 targets = text.filter(lambda name: name not in ("", ".", "..") and not set(name) & {"/", "\0"})
@@ -51,7 +48,6 @@ manifests = st.builds(
 )
 
 
-@unhurried
 @given(made=manifests)
 def test_what_is_written_is_read_back(made: Manifest) -> None:
     assert parse_manifest(made.to_bytes()) == made
@@ -75,13 +71,11 @@ anything = st.recursive(
 )
 
 
-@unhurried
 @given(value=anything)
 def test_any_json(value: Any) -> None:
     assert outcome(json.dumps(value).encode()) != "read"
 
 
-@unhurried
 @given(data=st.binary(max_size=60))
 def test_any_bytes(data: bytes) -> None:
     assert outcome(data) == "Damaged"
@@ -93,7 +87,6 @@ PLACES = [
 times = st.from_regex(r"\A\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}([+-]\d{2}:\d{2}|Z)?\Z")
 
 
-@unhurried
 @given(place=st.sampled_from(PLACES), value=anything | times | sizes | text, drop=st.booleans())
 def test_one_hostile_member(place: tuple[str, str], value: Any, drop: bool) -> None:
     based = DiskEntry("vda", 1, "B", "incremental", "", BaseRef("x", "A"), "qcow2", 1, 1, 1)

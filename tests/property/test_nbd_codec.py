@@ -9,7 +9,7 @@ from itertools import pairwise
 from struct import pack
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pullback.errors import NbdProtocolError, NbdRefused
@@ -240,7 +240,7 @@ def test_a_client_survives_any_handshake(
 
 
 @given(REPLIES, SPLITS, st.booleans())
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 def test_a_client_survives_any_reply(said: bytes, splits: list[int], structured: bool) -> None:
     contexts = {"base:allocation": 1} if structured else {}
     codec = ClientCodec(p.ExportInfo("", SIZE, FLAGS, contexts=contexts, structured_replies=structured))
@@ -340,7 +340,6 @@ def test_a_server_survives_any_client(flags: int, said: bytes, splits: list[int]
 
 
 @given(CLIENT_REQUESTS, SPLITS, st.booleans())
-@settings(suppress_health_check=[HealthCheck.too_slow])
 def test_only_requests_that_fit_reach_a_backend(said: bytes, splits: list[int], read_only: bool) -> None:
     flags = p.TransmissionFlag(3) if read_only else FLAGS
     codec = ServerCodec(p.ExportInfo("", SIZE, flags, contexts={"base:allocation": 1}))

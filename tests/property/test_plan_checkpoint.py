@@ -7,7 +7,7 @@ tests/property/test_chain_machine.py does the same on a real QEMU.
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -151,7 +151,5 @@ class Checkpoints(RuleBasedStateMachine):
                 assert len(names) == min(1, len(points))
 
 
-Checkpoints.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+Checkpoints.TestCase.settings = settings(max_examples=120, stateful_step_count=25)
 TestCheckpoints = Checkpoints.TestCase

@@ -230,4 +230,4 @@ class Clients(RuleBasedStateMachine):
 
 
 TestClients = Clients.TestCase
-TestClients.settings = settings(max_examples=60, stateful_step_count=15, deadline=None, phases=[Phase.generate])
+TestClients.settings = settings(max_examples=60, stateful_step_count=15, phases=[Phase.generate])

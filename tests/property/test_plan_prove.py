@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pullback.model.extents import Span, merged
@@ -21,8 +21,6 @@ def spans(blocks: list[tuple[int, int]]) -> list[Span]:
     return merged(clipped)
 
 
-# The machine may be busy: how long an example takes says nothing.
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(fetch=SOME.map(spans), random=st.randoms(use_true_random=False), cuts=st.sets(st.integers(1, SIZE - 1)))
 def test_a_proof_compares_what_it_says_and_each_byte_once(fetch, random, cuts) -> None:
     proof = plan_proof("sample", fetch, SIZE, lambda among, count: random.sample(range(among), min(count, 7)))

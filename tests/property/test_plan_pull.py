@@ -8,16 +8,13 @@ from contextlib import contextmanager
 from itertools import pairwise
 from unittest import mock
 
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pullback.model.extents import FLAG_DIRTY, FLAG_ZERO, Cover, Span, allocation, complement, merged
 from pullback.plan import grid, pull
 from pullback.plan.grid import Grid, Slot
 from pullback.plan.pull import Act, SegmentPull
-
-# The machine may be busy: how long an example takes says nothing.
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 HOT, CHUNK, SEGMENT = 2, 6, 36
 SLOTS = SEGMENT // CHUNK
@@ -87,7 +84,6 @@ UNTOUCHED = [(False, True)] * SEGMENT
 SHORT_END = [(byte == 0, False) for byte in range(13)]
 
 
-@unhurried
 @given(disk=disks | runs, cuts=breaks, known=known, together=st.integers(0, 12))
 @example(disk=SHORT_END, cuts=set(), known={0: [Slot.COLD, Slot.HOT, Slot.COLD] + [Slot.EMPTY] * 3}, together=0)
 @example(disk=UNTOUCHED + CUT_WHOLE, cuts=set(), known={1: [Slot.HOT] * 2 + [Slot.COLD] * 4}, together=0)
@@ -145,7 +141,6 @@ def dirty_spans(extents: Iterable[tuple[int, int, int]]) -> list[Span]:
     return merged((offset, length) for offset, length, flags in extents if flags & FLAG_DIRTY)
 
 
-@unhurried
 @given(disk=disks | runs, slots=st.lists(st.sampled_from(Slot), min_size=SLOTS, max_size=SLOTS))
 def test_a_slot_becomes_hot_where_it_changed_in_part_and_never_cold_again(
     disk: list[tuple[bool, bool]], slots: list[Slot]
@@ -193,7 +188,6 @@ def _acts(segments: list[SegmentPull], size: int, grids: Mapping[int, Grid]) -> 
     return acts
 
 
-@unhurried
 @given(size=st.integers(0, SEGMENT), slots=st.lists(st.sampled_from(Slot), min_size=SLOTS, max_size=SLOTS))
 def test_the_grid_is_its_own(size: int, slots: list[Slot]) -> None:
     with small():
@@ -212,20 +206,17 @@ def test_the_grid_is_its_own(size: int, slots: list[Slot]) -> None:
 ascending = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=12).map(sorted)
 
 
-@unhurried
 @given(spans=ascending)
 def test_merged_spans_hold_the_same_bytes(spans: list[tuple[int, int]]) -> None:
     assert bytes_of(merged(spans)) == {byte for offset, length in spans for byte in range(offset, offset + length)}
 
 
-@unhurried
 @given(spans=ascending, size=st.integers(70, 90))
 def test_the_complement_is_the_rest(spans: list[tuple[int, int]], size: int) -> None:
     inside = bytes_of(merged(spans))
     assert bytes_of([*complement(merged(spans), size)]) == set(range(size)) - inside
 
 
-@unhurried
 @given(spans=ascending, questions=ascending)
 def test_a_cover_says_what_looking_at_every_byte_says(
     spans: list[tuple[int, int]], questions: list[tuple[int, int]]

@@ -118,7 +118,7 @@ def check(victim: tuple[FileKind, str], content: bytes | None) -> None:
 victims = st.sampled_from(sorted(GOOD.files))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(victims, st.data())
 def test_a_changed_byte(victim: tuple[FileKind, str], data: st.DataObject) -> None:
     content = bytearray(GOOD.files[victim])
@@ -127,7 +127,7 @@ def test_a_changed_byte(victim: tuple[FileKind, str], data: st.DataObject) -> No
     check(victim, bytes(content))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(victims, st.data())
 def test_a_cut_a_stretched_or_a_foreign_file(victim: tuple[FileKind, str], data: st.DataObject) -> None:
     content = GOOD.files[victim]
@@ -156,7 +156,7 @@ def test_a_flipped_bit_in_every_kind_of_file_is_noticed(kind: FileKind) -> None:
         read_all(damaged_store(victim, bytes(content)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.sampled_from(["N", "r", "p", "salt", "data", "kdf"]), st.data())
 def test_a_forged_key_file_costs_nothing(field: str, data: st.DataObject) -> None:
     """Its name fits its bytes, but its numbers are anybody's: no hour of scrypt, no gigabytes."""

@@ -135,7 +135,7 @@ class Machine(RuleBasedStateMachine):
 @pytest.mark.timeout(280)
 def test_a_cached_index_says_what_the_files_say(tmp_path: Path) -> None:
     machine = type("PlacedMachine", (Machine,), {"place": tmp_path})
-    machine.TestCase.settings = settings(max_examples=8, stateful_step_count=8, deadline=None)
+    machine.TestCase.settings = settings(max_examples=8, stateful_step_count=8)
     machine.TestCase("runTest").runTest()
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pullback.engine.chunk_cache import ChunkCache
@@ -26,7 +26,7 @@ SEGMENT = 256 * KIB
 #: Aligned ones as ours, and any as other programs cut them.
 LENGTHS = (4 * KIB, 16 * KIB, 64 * KIB, 1, 511, 4097, 70001)
 
-quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=25)
 
 
 @contextmanager

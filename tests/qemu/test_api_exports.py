@@ -372,7 +372,7 @@ def test_who_may_connect(lab_dir: Path, bare_qemu: Callable[..., BareQemu]) -> N
 
 def _as_another_user(api: Api) -> None:
     """Who may not change the socket's mode, exports only where its directory keeps others out."""
-    user, place = "64321", api.stage.place / "theirs"
+    user, place = "64322", api.stage.place / "theirs"
     place.mkdir(mode=0o700)
     os.chown(place, int(user), int(user))
     api.qemu.directory.chmod(0o755)

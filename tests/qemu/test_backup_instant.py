@@ -16,6 +16,7 @@ from lab.processes import wait_for
 from lab.qemu import BareQemu, qemu_version
 from pullback.engine.backup import run_backup
 from pullback.engine.events import Event, Frozen, silent
+from pullback.qemu.execute import PAUSE_LIMIT
 from tests.support.backups import open_repository
 from tests.support.product import KIB, MIB, Stage, leftovers, references, run_state, same
 
@@ -36,7 +37,7 @@ def test_two_disks_are_frozen_in_one_pause(lab_dir: Path, bare_qemu: Start) -> N
     told: list[Event] = []
     result = stage.backup(qemu, told.append)
     frozen = next(event for event in told if isinstance(event, Frozen))
-    assert 0 < frozen.paused_ms < 2000
+    assert 0 < frozen.paused_ms < PAUSE_LIMIT * 1000
     assert frozen.paused_ms == pytest.approx(result.paused_seconds * 1000, abs=0.1)
     assert run_state(qemu) == "running"
     sent = traced(stage, qemu)

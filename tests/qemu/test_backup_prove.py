@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -363,8 +364,12 @@ def test_what_is_not_drawn_is_let_go(lab_dir: Path, bare_qemu: Start, monkeypatc
 
 def file_blocks(qemu: BareQemu, place: Path) -> list[int]:
     """Bytes that QEMU's open files in a directory take there; the scratch has no name any more."""
-    links = Path(f"/proc/{qemu.pid}/fd").iterdir()
-    return [link.stat().st_blocks * 512 for link in links if os.readlink(link).startswith(str(place))]
+    found = []
+    for link in Path(f"/proc/{qemu.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # QEMU closed it meanwhile
+            if os.readlink(link).startswith(str(place)):
+                found.append(link.stat().st_blocks * 512)
+    return found
 
 
 def test_a_stopped_domain_is_proved(lab_dir: Path) -> None:

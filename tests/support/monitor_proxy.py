@@ -86,6 +86,8 @@ class MonitorProxy:
                     continue
                 if not self._pass(line, server):
                     break
+        if silent.is_set() and self._how == "late":
+            self.answered.wait(10)  # QEMU drops what it has not read yet when its client is gone
         _shut(client, server)
 
     def _is_the_one(self, line: bytes) -> bool:

@@ -222,8 +222,10 @@ def run_state(qemu: Qemu) -> str:
 # -- a backup that something happens to ---------------------------------------------------------------------------
 
 
-def forked(work: Callable[[], int]) -> int:
+def forked(work: Callable[[], int], timeout: float = 60) -> int:
     """Run ``work`` in a forked child; give back its exit code, or minus the signal that ended it.
+
+    LabTimeout, and its end, when it takes longer than ``timeout`` seconds.
 
     A fork starts in milliseconds with everything imported, so that dying at each of a hundred points is affordable.
     """
@@ -242,7 +244,7 @@ def forked(work: Callable[[], int]) -> int:
         return (os.waitstatus_to_exitcode(status),) if pid else None
 
     try:
-        return wait_for(ended, "the forked child's end", timeout=60)[0]
+        return wait_for(ended, "the forked child's end", timeout)[0]
     except BaseException:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

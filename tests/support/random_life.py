@@ -25,6 +25,7 @@ from pullback.engine.in_place import InPlaceRequest, restore_in_place
 from pullback.engine.pull import Pull
 from pullback.engine.storing import Storing
 from pullback.nbd.blocking import NbdConnection
+from pullback.qemu import guard
 from pullback.repository.local_store import LocalStore
 from pullback.repository.repository import Repository
 from tests.support import dying
@@ -270,7 +271,7 @@ class RandomLife:
                 self._keep(repo, backup, self.model.contents())
             if self.model.qemu is not None and self.model.qemu._cont:
                 qemu = self.model.qemu
-                wait_for(lambda: run_state(qemu) == "running", "the domain to run again", timeout=5)
+                wait_for(lambda: run_state(qemu) == "running", "the domain to run again", timeout=guard.PERSISTENCE + 5)
 
     def forget(self) -> None:
         """Some backups of one repository, the newest or any; what is left holds what it held."""

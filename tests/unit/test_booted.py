@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def ignored(number: signal.Signals) -> Iterator[None]:
 def none_is_left() -> Iterator[None]:
     before = children()
     yield
-    assert children() == before
+    assert children() <= before
 
 
 async def test_a_processor_that_does_not_run_with_kvm_is_not_waited_for(
@@ -83,7 +83,8 @@ async def test_one_that_listens_may_take_its_time_to_answer(tmp_path: Path, monk
         starting = asyncio.create_task(start_qemu(start(tmp_path), silent))
         await asyncio.sleep(0.5)
         assert not starting.done()
-        async with greeting_server(answers := str(tmp_path / "answers"), [{"return": {}}]):
+        async with greeting_server(answers := str(tmp_path / "answers"), [{"return": {}}] * 10):
+            monkeypatch.setattr(monitor, "GREETING_TIMEOUT", 10)
             os.replace(answers, path)
             qemu = await starting
     await qemu.end()
@@ -106,13 +107,13 @@ async def test_one_that_does_not_end_is_killed_and_that_is_told(
         qemu.check("It means.", "Do that.")
 
 
-def test_a_listener_that_is_gone_is_no_qemu(tmp_path: Path) -> None:
+def test_a_listener_that_is_gone_is_no_qemu(tmp_path: Path, handles: Callable[[], dict[int, str]]) -> None:
     """What it started still holds its socket, and would answer."""
     path = str(tmp_path / "qmp")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         handle = listener.fileno()
         subprocess.run([sys.executable, "-c", LISTENS, str(handle)], pass_fds=[handle], check=True)
-        before = len(os.listdir("/proc/self/fd"))
+        before = handles().items()
         assert find_running(path, silent) is None
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert handles().items() <= before
