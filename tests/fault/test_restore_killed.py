@@ -83,7 +83,7 @@ def calls_of(kept: Kept, backup: str, to: Path, owner: Any, name: str) -> int:
 
 POINTS: list[tuple[Any, str]] = [
     (Target, "_save_state"),
-    (targets, "_create_image"),
+    (targets, "create_image"),
     (NbdConnection, "submit_write"),
     (NbdConnection, "flush"),
     (Target, "sync"),

@@ -8,11 +8,14 @@ import fcntl
 import os
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
+from lab import images
+from lab.processes import LabError
 from pullback.engine import targets
 from pullback.engine.targets import Target, claimed, publish
 from pullback.errors import RestoreError, TargetExists
@@ -174,3 +177,45 @@ def test_a_lock_is_seen_on_an_image_that_may_only_be_read(tmp_path: Path, monkey
     monkeypatch.setattr(Path, "lstat", gone_next)
     target.look(True)
     assert target.act is Act.BEGIN
+
+
+def gone_on_with(directory: Path) -> Target:
+    """A qcow2 image that an interrupted restore left."""
+    wanted = replace(WANTED, format="qcow2")
+    first = Target(directory, wanted)
+    first.look(False)
+    first.prepare()
+    first.durable([Span(0, 4096)])
+    again = Target(directory, wanted)
+    again.look(False)
+    assert again.act is Act.GO_ON
+    assert again.prepare()
+    return again
+
+
+def spoil_refcount(image: Path, cluster: int, count: int) -> None:
+    """Say of a cluster that it is used so often (docs/interop/qcow2.txt: tables of 8 and of 2 bytes, big endian)."""
+    with image.open("r+b") as file:
+        file.seek(48)
+        (table,) = struct.unpack(">Q", file.read(8))
+        file.seek(table)
+        (block,) = struct.unpack(">Q", file.read(8))
+        file.seek(block + 2 * cluster)
+        file.write(struct.pack(">H", count))
+        file.truncate(max(file.seek(0, os.SEEK_END), (cluster + 1) << 16))
+
+
+def test_an_image_that_was_gone_on_with_holds_no_clusters_that_nothing_uses(tmp_path: Path) -> None:
+    target = gone_on_with(tmp_path)
+    spoil_refcount(target.partial, 9, 1)
+    with pytest.raises(LabError, match="Leaked cluster 9"):
+        images.check(target.partial)
+    target.sync()
+    images.check(target.partial)
+
+
+def test_an_image_that_is_damaged_in_the_end_gets_no_name(tmp_path: Path) -> None:
+    target = gone_on_with(tmp_path)
+    spoil_refcount(target.partial, 0, 0)
+    with pytest.raises(RestoreError, match=r"vda.qcow2.partial was gone on with, and is damaged. Remove it"):
+        target.sync()

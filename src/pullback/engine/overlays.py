@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pullback.errors import RestoreError, TargetExists, UsageError
 from pullback.model.manifest import DiskEntry
 from pullback.plan.instant import RECONNECT, backing_file
 from pullback.plan.target import NOTHING_WRITTEN
-from pullback.qemu.storage_daemon import qemu_program
+from pullback.qemu.image_tool import create_image
 
 _WORK, _DONE, _BOOTED = ".instant-", ".done", ".booted-"
 #: Bytes in a unix socket's path, without the final zero (unix(7)).
@@ -147,7 +146,8 @@ class OverlayPlace:
             new = one.ours.with_suffix(".new")
             new.unlink(missing_ok=True)
             unmake.callback(new.unlink, missing_ok=True)
-            _create(new, backing_file(self.socket, one.target, self._reconnect), one.size)
+            create_image(new, "qcow2", one.size, backing_file(self.socket, one.target, self._reconnect))
+            _sync(new)
             new.rename(one.ours)
             unmake.callback(one.ours.unlink)
             sync_directory(self.work)
@@ -198,29 +198,6 @@ class OverlayPlace:
         """Remove the directory if nothing came into it."""
         with suppress(OSError):
             self.work.rmdir()
-
-
-def _create(path: Path, backing: str, size: int) -> None:
-    # Unsafe (-u) is about the backing file, which is not looked at: it is served later.
-    argv = [
-        qemu_program("qemu-img"),
-        "create",
-        "-q",
-        "-f",
-        "qcow2",
-        "-u",
-        "-F",
-        "raw",
-        "-b",
-        backing,
-        str(path),
-        str(size),
-    ]
-    done = subprocess.run(argv, capture_output=True, check=False, stdin=subprocess.DEVNULL)
-    if done.returncode != 0:
-        raise RestoreError(f"qemu-img cannot create {path}: {done.stderr.decode(errors='replace').strip()}")
-    path.chmod(0o600)
-    _sync(path)
 
 
 def _sync(path: Path) -> None:

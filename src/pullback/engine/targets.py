@@ -12,7 +12,6 @@ import fcntl
 import os
 import stat
 import struct
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,7 +24,7 @@ from pullback.model.unfinished import Unfinished, parse_unfinished
 from pullback.plan.files import printable
 from pullback.plan.restore import Place
 from pullback.plan.target import NOTHING_WRITTEN, Act, EntryKind, FileFacts, TargetFacts, choose_act
-from pullback.qemu.storage_daemon import qemu_program
+from pullback.qemu.image_tool import create_image, give_back_unused
 
 #: Seconds that QEMU's tools, whose restore was killed, have to write out what they hold.
 _LET_GO = 60.0
@@ -81,18 +80,26 @@ class Target:
     def prepare(self) -> bool:
         """Make the image, or check the one that is there; whether it could be gone on with."""
         if self.act is Act.GO_ON:
-            if _mended(self.partial, self.state.format):
+            if give_back_unused(self.partial, self.state.format):
                 return True
             self.act = Act.BEGIN
         if self.act is Act.BEGIN:
             self.state = self.state.started()
             # The state first: an image without one is taken for somebody else's.
             self._save_state()
-            _create_image(self.partial, self.state.format, self.state.virtual_size)
+            self._unlink_old()
+            create_image(self.partial, self.state.format, self.state.virtual_size)
             self.state = replace(self.state, inode=self.partial.stat().st_ino)
             self._save_state()
             return False
         return True
+
+    def _unlink_old(self) -> None:
+        try:
+            self.partial.unlink(missing_ok=True)
+        except OSError as error:
+            what = f"cannot replace {self.partial}, left by an earlier restore: {error.strerror}"
+            raise RestoreError(what) from error
 
     # -- meanwhile ------------------------------------------------------------------------------------------------
 
@@ -150,7 +157,15 @@ class Target:
     # -- after ----------------------------------------------------------------------------------------------------
 
     def sync(self) -> None:
-        """Make the whole image durable, and let what is read of it from here on come from the disk."""
+        """Make the whole image durable, and let what is read of it from here on come from the disk.
+
+        RestoreError when it was gone on with and is not sound.
+        """
+        if self.act is Act.GO_ON and not give_back_unused(self.partial, self.state.format):
+            raise RestoreError(
+                f"{self.partial} was gone on with, and is damaged",
+                todo="Remove it, and run the same command again: it begins anew. Look after the disk it is on.",
+            )
         handle = os.open(self.partial, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -372,28 +387,3 @@ def _read_state(path: Path) -> Unfinished | None:
             return parse_unfinished(file.read(_MAX_STATE))
     except OSError as error:
         raise RestoreError(f"cannot read {path}: {error.strerror}", means=NOTHING_WRITTEN) from error
-
-
-def _qemu_img(*arguments: str) -> subprocess.CompletedProcess[bytes]:
-    """Run qemu-img; a path has to be absolute, else QEMU takes ``a:b/c`` for an address."""
-    argv = [qemu_program("qemu-img"), *arguments]
-    return subprocess.run(argv, capture_output=True, check=False, stdin=subprocess.DEVNULL)
-
-
-def _create_image(path: Path, image_format: str, size: int) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise RestoreError(f"cannot replace {path}, left by an earlier restore: {error.strerror}") from error
-    done = _qemu_img("create", "-q", "-f", image_format, str(path.absolute()), str(size))
-    if done.returncode != 0:
-        raise RestoreError(f"qemu-img cannot create {path}: {done.stderr.decode(errors='replace').strip()}")
-    # A disk holds what its domain kept to itself.
-    path.chmod(0o600)
-
-
-def _mended(path: Path, image_format: str) -> bool:
-    """Give back the clusters that a killed QEMU had taken and not used; whether the image is sound."""
-    if image_format == "raw":
-        return True
-    return _qemu_img("check", "-q", "-f", "qcow2", "-r", "leaks", str(path.absolute())).returncode == 0
