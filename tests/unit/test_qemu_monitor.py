@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -158,6 +159,41 @@ def test_where_nobody_listens_the_guard_has_nothing_to_undo(
             listener.bind(path)
     monkeypatch.setattr("time.sleep", _tried_again)
     guard._persist("qmp", path)
+
+
+def test_the_guard_knows_the_agents_answer_to_its_own_question(tmp_path: Path) -> None:
+    """What the agent still owes the dead one comes first."""
+    path = str(tmp_path / "agent")
+    said: list[bytes] = []
+
+    def serve() -> None:
+        link, _ = listener.accept()
+        with link, link.makefile("rwb") as lines:
+            said.append(lines.readline())
+            lines.write(b'{"return": 2}\n')
+            lines.flush()
+            link.settimeout(0.2)
+            with contextlib.suppress(TimeoutError):
+                said.append(link.recv(1))  # it would go on now
+            link.settimeout(LIMIT)
+            lines.write(b'\xff{"return": 20180525}\n')
+            lines.flush()
+            said.append(lines.readline())
+            lines.write(b'{"return": 2}\n')
+            lines.flush()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        listener.settimeout(LIMIT)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        guard._persist("agent", path)
+        thread.join(LIMIT)
+    assert [json.loads(line.lstrip(b"\xff"))["execute"] for line in said] == [
+        "guest-sync-delimited",
+        "guest-fsfreeze-thaw",
+    ]
 
 
 def test_the_guard_tries_again_until_the_domain_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
