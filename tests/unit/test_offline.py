@@ -50,6 +50,7 @@ def test_who_holds_an_image_may_end_while_it_is_asked_who_it_is(
     with image.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         holder = subprocess.Popen(["sleep", "60"], pass_fds=[file.fileno()])
+    wait_for(Path(f"/proc/{holder.pid}/cmdline").read_text, "the program to be there")
     locked_files = offline._locked_files
 
     def the_last_moment(process: Path) -> dict[str, os.stat_result]:
@@ -67,6 +68,12 @@ def test_who_holds_an_image_may_end_while_it_is_asked_who_it_is(
         assert holders_of(str(image), os.getpid()) == ()
     finally:
         end(holder)
+
+
+def test_a_process_that_has_ended_has_no_name_any_more() -> None:
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert offline._command_line(Path(f"/proc/{process.pid}")) == ["?"]
 
 
 @pytest.mark.parametrize("when", ["before", "while it is looked at"])

@@ -150,9 +150,10 @@ def holders_of(image: str, but: int) -> tuple[Holder, ...]:
 
 def _command_line(process: Path) -> list[str]:
     try:
-        return os.fsdecode((process / "cmdline").read_bytes()).split("\0")
+        line = os.fsdecode((process / "cmdline").read_bytes())
     except OSError:  # it ended meanwhile
-        return ["?"]
+        line = ""
+    return line.split("\0") if line else ["?"]  # nothing stands there while a process begins, and when it has ended
 
 
 def _locked_files(process: Path) -> dict[str, os.stat_result]:
