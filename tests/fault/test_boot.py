@@ -230,10 +230,12 @@ def test_it_is_booted_once_all_of_its_sockets_are_there(world: World, lab_dir: P
     command = ("boot", world.backup, "--json", "--work", world.work, "--", *FIRMWARE_ONLY, *waits)
     with world.stage.running(*command) as process, socket.socket(socket.AF_UNIX) as user:
         server = Server(process)
-        assert server.read("note")
-        assert "waiting for connection" in server.events[-1]["message"]
+        while not any("waiting for connection" in event.get("message", "") for event in server.events):
+            assert server.read_more()
         assert list(world.work.glob("*/qmp"))
-        assert not select.select([process.stdout], [], [], 0.5)[0]
+        while select.select([process.stdout], [], [], 0.5)[0]:
+            assert server.read_more()
+        assert {event["event"] for event in server.events} == {"note"}
         user.connect(str(lab_dir / "serial"))
         assert server.read("booted")
         done = server.end()
