@@ -67,6 +67,20 @@ async def test_a_processor_that_does_not_run_with_kvm_is_not_waited_for(
     assert "a processor was not seen to run with it in time" in note.message
 
 
+async def test_one_that_has_ended_before_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whose exit code was taken by then: there is no such process any more."""
+
+    def gone(pid: int) -> int:
+        raise ProcessLookupError(pid)
+
+    monkeypatch.setattr(os, "pidfd_open", gone)
+    qemu = await start_qemu(Start(["false"], str(tmp_path / "qmp"), "socket", None, False), silent)
+    assert qemu.has_ended
+    await qemu.end()
+    with pytest.raises(DomainError, match="QEMU ended with exit code 1"):
+        qemu.check("", "")
+
+
 async def test_one_that_never_listens_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(booted, "_START", 0.1)
     with pytest.raises(DomainUnreachable, match=f"does not listen at its monitor {tmp_path}/qmp within 0.1 s"):

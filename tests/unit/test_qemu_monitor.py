@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import socket
@@ -22,7 +23,7 @@ from pullback.errors import CommandFailed, DomainBusy, DomainUnreachable
 from pullback.plan.command import JobGone, Step
 from pullback.qemu import execute, guard, monitor
 from pullback.qemu.monitor import Monitor, Peer
-from tests.support.greeting import greeting_server
+from tests.support.greeting import GREETING, greeting_server
 
 LIMIT = 10
 JOB = "pullback-s1-0"
@@ -81,6 +82,24 @@ async def test_a_negotiation_that_fails_is_begun_anew_once(tmp_path: Path) -> No
         made = await monitor.connect(first := monitor.dial(path))
         await made.close()
     assert (answers, first.socket.fileno()) == ([], -1)
+
+
+async def test_a_session_that_is_lost_as_soon_as_it_is_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As when QEMU ends just then: it fails here or later, in our words, and nothing is left to be told by others."""
+    path = str(tmp_path / "qmp")
+
+    async def leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(json.dumps(GREETING).encode() + b"\n")
+        await reader.read(4096)
+        writer.write(b'{"return": {}}\n')
+        writer.close()
+
+    async with await asyncio.start_unix_server(leave, path):
+        for _ in range(30):
+            with contextlib.suppress(DomainUnreachable):
+                await (await monitor.connect(monitor.dial(path))).close()
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
 async def test_and_no_more_than_once(tmp_path: Path) -> None:

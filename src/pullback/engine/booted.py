@@ -89,10 +89,17 @@ class BootedQemu:
         self._emit = emit
         self._last = ""
         self._watcher: Watcher | None = None
-        self._pidfd = os.pidfd_open(pid)
         self._ended = asyncio.Event()
+        self._pidfd = -1
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            if self.found:
+                raise
+            self._ended.set()  # so soon that its exit code was taken already
+        else:
+            asyncio.get_running_loop().add_reader(self._pidfd, self._note_end)
         self._hearing = asyncio.create_task(self._hear())
-        asyncio.get_running_loop().add_reader(self._pidfd, self._note_end)
 
     def _note_end(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
@@ -161,7 +168,8 @@ class BootedQemu:
             self._signal(signal.SIGKILL)
         await self.wait()
         self._hearing.cancel()
-        os.close(self._pidfd)
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
         if self._watcher is not None:
             await asyncio.to_thread(self._watcher.release)
 

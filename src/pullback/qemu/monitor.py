@@ -13,7 +13,7 @@ import socket
 import stat
 import struct
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,6 +251,11 @@ async def _greeted(line: Line) -> _Client:
     except (ConnectError, asyncio.CancelledError):
         line.socket.close()
         raise
+    except AssertionError as error:  # it was lost as soon as it was made; the library takes that for impossible
+        with suppress(QMPError, StateError, EOFError, OSError):
+            await client.disconnect()
+        line.socket.close()
+        raise ConnectError("the connection was lost", EOFError()) from error
     return client
 
 
