@@ -36,7 +36,7 @@ POINTS = 20
 # Backups of a history, which begins with empty disks: what the guest writes meanwhile has to fit them.
 HISTORIES, ROUNDS = 4, 5
 # Records that are written during each backup of a history.
-MEANWHILE = 30
+MEANWHILE = 200
 BASE, HEADERS = 0x400000, 64 + 56
 
 

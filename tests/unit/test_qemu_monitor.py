@@ -12,8 +12,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -180,12 +180,28 @@ def test_where_nobody_listens_the_guard_has_nothing_to_undo(
     guard._persist("qmp", path)
 
 
+@contextmanager
+def served(path: str, serve: Callable[[socket.socket], None]) -> Iterator[None]:
+    """A thread that serves those who connect to ``path``."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        listener.settimeout(LIMIT)
+        thread = threading.Thread(target=serve, args=[listener])
+        thread.start()
+        try:
+            yield
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(LIMIT)
+
+
 def test_the_guard_knows_the_agents_answer_to_its_own_question(tmp_path: Path) -> None:
     """What the agent still owes the dead one comes first."""
     path = str(tmp_path / "agent")
     said: list[bytes] = []
 
-    def serve() -> None:
+    def serve(listener: socket.socket) -> None:
         link, _ = listener.accept()
         with link, link.makefile("rwb") as lines:
             said.append(lines.readline())
@@ -201,14 +217,8 @@ def test_the_guard_knows_the_agents_answer_to_its_own_question(tmp_path: Path) -
             lines.write(b'{"return": 2}\n')
             lines.flush()
 
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
-        listener.settimeout(LIMIT)
-        thread = threading.Thread(target=serve)
-        thread.start()
+    with served(path, serve):
         guard._persist("agent", path)
-        thread.join(LIMIT)
     assert [json.loads(line.lstrip(b"\xff"))["execute"] for line in said] == [
         "guest-sync-delimited",
         "guest-fsfreeze-thaw",
@@ -221,7 +231,7 @@ def test_the_guard_tries_again_until_the_domain_goes_on(tmp_path: Path, monkeypa
     path = str(tmp_path / "qmp")
     heard: list[str] = []
 
-    def serve() -> None:
+    def serve(listener: socket.socket) -> None:
         for greeting, stays in ((b'{"QMP": {}}\n', False), (b"busy\n", False), (b'{"QMP": {}}\n', True)):
             link, _ = listener.accept()
             with link, link.makefile("rwb") as lines:
@@ -233,15 +243,6 @@ def test_the_guard_tries_again_until_the_domain_goes_on(tmp_path: Path, monkeypa
                     lines.write(b'{"event": "RESUME"}\n{"return": {}, "id": "of the dead one"}\n' + reply + b"\n")
                     lines.flush()
 
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
-        listener.settimeout(LIMIT)
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            guard._persist("qmp", path)
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)
-            thread.join(LIMIT)
+    with served(path, serve):
+        guard._persist("qmp", path)
     assert heard == ["qmp_capabilities", "cont"]
