@@ -14,14 +14,13 @@ from pullback.cli.config import find_domain
 from pullback.cli.interrupts import run_interruptible
 from pullback.cli.passwords import read_password, repository_opener
 from pullback.cli.reporter import Reporter, table
-from pullback.engine.events import Note
 from pullback.errors import UsageError
-from pullback.model.manifest import Manifest
 from pullback.model.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from pullback.engine.backup import BackupResult
     from pullback.engine.listing import ListedBackup
+    from pullback.model.manifest import Manifest
     from pullback.plan.prove import Prove, Proved
 
 
@@ -199,6 +198,7 @@ def list_backups(
     """List the backups in the repository."""
     where = opt.repository_options(repo, password_file, password_command, opt.load_config(config))
     opener = repository_opener(where, opt.cache_options(cache_dir, no_cache, json))
+    from pullback.engine.events import Note
     from pullback.engine.listing import list_stored
 
     reporter = Reporter(json)

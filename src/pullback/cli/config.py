@@ -17,7 +17,6 @@ limit-rate = "50M"                  as --limit-rate
 from __future__ import annotations
 
 import os
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +62,8 @@ def load_config(path: str | None) -> Config:
     candidates = [Path(named)] if named else [place for place in _places() if os.access(place, os.F_OK)]
     if not candidates:
         return Config()
+    import tomllib
+
     try:
         with candidates[0].open("rb") as file:
             document = tomllib.load(file)

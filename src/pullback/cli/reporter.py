@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
-from pullback.engine.events import DiskPlanned, Event, Frozen, Note, Progress
 from pullback.errors import PullbackError
 from pullback.model.units import human_bytes, human_seconds
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
+    from pullback.engine.events import Event, Progress
     from pullback.plan.command import Plan
 
 #: Control characters, those that change the direction of text or end a line, and halves of characters.
@@ -61,6 +61,9 @@ class Reporter:
 
     def emit(self, event: Event) -> None:
         """Tell one event."""
+        # No event comes before a password is tried; that begins the sooner.
+        from pullback.engine.events import Progress
+
         with self._lock:
             if self._json:
                 self.result(event.to_json())
@@ -212,6 +215,8 @@ def _print_result(lines: Sequence[str]) -> None:
 
 
 def _sentence(event: Event) -> str | None:
+    from pullback.engine.events import DiskPlanned, Frozen, Note
+
     match event:
         case Note(message):
             return message

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,7 +83,7 @@ class LocalStore:
         """Store a file; on return its bytes and its name are on the disk."""
         path = self._path(kind, name)
         file_mode, directory_mode = self._modes()
-        temporary = path.with_name(f"{path.name}-tmp-{secrets.token_hex(8)}")
+        temporary = path.with_name(f"{path.name}-tmp-{os.urandom(8).hex()}")
         with self._told("write to"):
             try:
                 handle = _create(temporary)
